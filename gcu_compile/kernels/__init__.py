@@ -1,0 +1,1 @@
+"""Fused operations `torch.ops.gcu.*`: definitions, and one implementation per kind of target."""

@@ -1,0 +1,119 @@
+"""How a fused operation is defined, and how a call of it finds its implementation.
+
+A `FusedOp` holds one meaning: schema, eager meaning in plain torch, fake, tolerance. An
+`Implementation` is a faster way to compute the same for one kind of device. `register` makes
+`torch.ops.gcu.<name>` of it:
+
+    call -> first implementation for the tensors' device whose `refuses(...)` gives no reason -> run
+         -> none: the eager meaning, counted in `fallbacks` with every reason, and warned of once
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gcu_compile.errors import UnknownNameError
+
+log = logging.getLogger(__name__)
+LIBRARY = torch.library.Library("gcu", "FRAGMENT")
+
+OPS: dict[str, FusedOp] = {}
+# (operation, reason) -> calls that ran the eager meaning instead of a kernel.
+fallbacks: Counter[tuple[str, str]] = Counter()
+# (operation, implementation) -> calls.
+calls: Counter[tuple[str, str]] = Counter()
+
+
+def _never(*args, **kwargs) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a fused operation.
+
+    Attributes:
+        name: `host_cpp`, `triton` or `library`; unique within the operation.
+        devices: torch device types that it serves, e.g. `("cpu",)`.
+        run: called with the operation's arguments; returns its result.
+        refuses: called with the same arguments; the reason why it cannot take them, or None.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    run: Callable
+    refuses: Callable[..., str | None] = _never
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One fused operation.
+
+    Attributes:
+        name: `paged_attention` becomes `torch.ops.gcu.paged_attention`.
+        schema: torch schema without the name, e.g. `"(Tensor x, float eps) -> Tensor"`; arguments that
+            it writes carry their alias annotation.
+        eager: the meaning, in plain torch, on any device; fallback, tests and the shadow check use it.
+        fake: output metadata from fake tensors, sizes may be symbolic.
+        accumulation: length of the longest sum in one output value as a function of the arguments, which
+            with the dtype selects the row of the tolerance table (`kernels/tolerance.py`); None: exact.
+        implementations: in order of preference.
+    """
+
+    name: str
+    schema: str
+    eager: Callable
+    fake: Callable
+    accumulation: Callable[..., int] | None = None
+    implementations: tuple[Implementation, ...] = ()
+
+
+def register(op: FusedOp) -> FusedOp:
+    """Define `torch.ops.gcu.<op.name>` and return `op`. Registering a name twice is an error of ours."""
+    assert op.name not in OPS, f"fused operation {op.name!r} is registered twice"
+    OPS[op.name] = op
+    LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(op.name, lambda *a, **k: dispatch(op, *a, **k), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gcu::{op.name}", op.fake, lib=LIBRARY)
+    return op
+
+
+def get(name: str) -> FusedOp:
+    """The operation called `name`; an unknown one is an error that lists the known."""
+    if name not in OPS:
+        raise UnknownNameError("fused operation", name, OPS)
+    return OPS[name]
+
+
+def dispatch(op: FusedOp, *args, **kwargs):
+    """Run `op` by the first implementation that takes the arguments, else by its eager meaning."""
+    device = _device_type(args, kwargs)
+    reasons = []
+    for implementation in op.implementations:
+        if device not in implementation.devices:
+            continue
+        reason = implementation.refuses(*args, **kwargs)
+        if reason is None:
+            calls[op.name, implementation.name] += 1
+            return implementation.run(*args, **kwargs)
+        reasons.append(f"{implementation.name}: {reason}")
+    reason = "; ".join(reasons) or f"no implementation for device {device!r}"
+    if (op.name, reason) not in fallbacks:
+        log.warning("gcu::%s runs as plain torch: %s", op.name, reason)
+    fallbacks[op.name, reason] += 1
+    calls[op.name, "eager"] += 1
+    return op.eager(*args, **kwargs)
+
+
+def _device_type(args, kwargs) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            return value[0].device.type
+    return "cpu"
