@@ -1,0 +1,43 @@
+# make demo | make test | make lint | make clean
+#
+#   VENV         where the environment goes (default .venv)
+#   PYTHON       the Python 3.11 to build it with
+#   TORCH_INDEX  address of the PyTorch project's CPU wheel index, for machines whose own index
+#                offers only CUDA builds of torch
+#   PYTEST_ARGS  more words for pytest, e.g. --slow
+
+VENV ?= .venv
+PYTHON ?= python3.11
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+STAMP = $(VENV)/.installed
+
+ifdef TORCH_INDEX
+export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
+endif
+
+.PHONY: demo test lint clean preflight install
+
+demo: install
+	$(VENV)/bin/gcu-compile demo-model
+	$(VENV)/bin/python examples/offline_inference.py
+
+test: install
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+preflight:
+	@PYTHON=$(PYTHON) sh tools/preflight.sh
+
+install: preflight $(STAMP)
+
+# Installed anew when a pin or the package's own declaration changes, else not at all.
+$(STAMP): requirements/host.lock pyproject.toml
+	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps -r requirements/host.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
