@@ -1,0 +1,80 @@
+"""What a lowering run is given, and what it reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from gcu_compile.options import Options
+
+Observer = Callable[[str, torch.fx.GraphModule, str], None]
+
+
+@dataclass
+class StepRecord:
+    """One step of the pipeline on one graph. `seconds` is wall time; the counters map an operation's
+    name to how often it occurs."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    ops_before: dict[str, int]
+    ops_after: dict[str, int]
+
+
+@dataclass
+class MatchRecord:
+    """One place where a rule looked. `status`: fused, skipped (the guard's reason), near_miss (what did
+    not match), disabled (by the user). `index` counts the rule's anchors in the graph, from 0."""
+
+    rule: str
+    index: int
+    layer: str
+    node: str
+    status: str
+    reason: str = ""
+    source: str = ""
+
+
+@dataclass
+class GraphReport:
+    """What lowering did to one graph."""
+
+    target: str = ""
+    inference: bool = True
+    steps: list[StepRecord] = field(default_factory=list)
+    matches: list[MatchRecord] = field(default_factory=list)
+
+    @property
+    def fused(self) -> Counter[str]:
+        """Rule -> places fused."""
+        return Counter(match.rule for match in self.matches if match.status == "fused")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, for JSON."""
+        return {**asdict(self), "fused": dict(self.fused)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> GraphReport:
+        """The inverse of `to_json`."""
+        return GraphReport(
+            target=data["target"],
+            inference=data["inference"],
+            steps=[StepRecord(**step) for step in data["steps"]],
+            matches=[MatchRecord(**match) for match in data["matches"]],
+        )
+
+
+@dataclass
+class Context:
+    """Options and target of a run, its report, and observers called before and after every step."""
+
+    options: Options
+    target: str
+    report: GraphReport = field(default_factory=GraphReport)
+    observers: list[Observer] = field(default_factory=list)

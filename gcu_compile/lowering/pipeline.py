@@ -1,0 +1,99 @@
+"""The lowering pipeline: a list of named steps, run, timed, counted, observed and validated in one place."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import torch
+
+from gcu_compile.errors import UnknownNameError
+from gcu_compile.lowering import invariants
+from gcu_compile.lowering.context import Context, MatchRecord, StepRecord
+from gcu_compile.lowering.provenance import inherit, layer_of, source_line
+from gcu_compile.lowering.rule import Refusal, Rule
+from gcu_compile.lowering.rules import all_rules
+
+# In this order; what a step leaves is what the next one meets.
+STEPS = ("canonicalise",)
+
+
+def lower(gm: torch.fx.GraphModule, context: Context) -> None:
+    """Lower `gm`, a functional post-grad ATen graph, in place.
+
+    Raises:
+        UnknownNameError: an option names a step or rule that does not exist.
+        InvariantViolation: a step broke the graph (a bug of ours).
+    """
+    check_names(context)
+    for step in STEPS:
+        if step not in context.options.disable_steps:
+            _run(step, gm, context)
+
+
+def check_names(context: Context) -> None:
+    """Every step and rule that the options name exists."""
+    rules = [rule.name for rule in all_rules()]
+    options = context.options
+    matches = [match.split("@")[0] for match in options.disable_matches]
+    for kind, names, valid in (
+        ("lowering step", options.disable_steps, STEPS),
+        ("rule", (*options.disable_rules, *options.enable_rules, *matches), rules),
+    ):
+        for name in names:
+            if name not in valid:
+                raise UnknownNameError(kind, name, valid)
+
+
+def _run(step: str, gm: torch.fx.GraphModule, context: Context) -> None:
+    for observe in context.observers:
+        observe(step, gm, "before")
+    before, nodes = op_counts(gm), len(gm.graph.nodes)
+    outputs = invariants.signature(gm)
+    start = time.perf_counter()
+    for rule in all_rules():
+        if rule.step == step:
+            apply(rule, gm, context)
+    gm.graph.eliminate_dead_code()
+    seconds = time.perf_counter() - start
+    context.report.steps.append(
+        StepRecord(step, seconds, nodes, len(gm.graph.nodes), dict(before), dict(op_counts(gm)))
+    )
+    if context.options.check_invariants:
+        invariants.check(gm, step, outputs)
+    for observe in context.observers:
+        observe(step, gm, "after")
+
+
+def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
+    """Try `rule` at each of its anchors, in graph order, and record what came of it."""
+    options, records = context.options, context.report.matches
+    index = -1
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in rule.anchors:
+            continue
+        match = rule.match(node)
+        if match is None:
+            continue
+        index += 1
+        record = MatchRecord(rule.name, index, layer_of(node), node.name, "fused", source=source_line(node))
+        records.append(record)
+        if isinstance(match, Refusal):
+            record.status, record.reason = ("near_miss" if match.near else "skipped"), match.reason
+        elif rule.opt_in and rule.name not in options.enable_rules:
+            record.status, record.reason = "disabled", "opt-in: name it in enable_rules"
+        elif rule.name in options.disable_rules or f"{rule.name}@{index}" in options.disable_matches:
+            record.status, record.reason = "disabled", "switched off by an option"
+        elif reason := rule.guard(match):
+            record.status, record.reason = "skipped", reason
+        else:
+            with gm.graph.inserting_before(node):
+                new = rule.build(gm.graph, node, match)
+            inherit(new, node)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+
+
+def op_counts(gm: torch.fx.GraphModule) -> Counter[str]:
+    """Operation name -> occurrences."""
+    return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")

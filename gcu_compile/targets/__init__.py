@@ -1,0 +1,1 @@
+"""What a target is, and which one a compilation gets."""

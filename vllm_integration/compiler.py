@@ -1,0 +1,41 @@
+"""How vLLM's compile mode reaches our compiler.
+
+    VllmBackend -> GcuCompiler.compile -> Inductor -> post-grad: GcuPassManager = our lowering, then vLLM's passes
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+
+from gcu_compile.backend import LoweringPass, cache_key
+from gcu_compile.options import resolve
+
+
+class GcuCompiler(InductorStandaloneAdaptor):
+    """vLLM's `CompilerInterface` on Inductor's standalone artifacts, which vLLM saves and loads."""
+
+    name = "gcu"
+
+    def __init__(self) -> None:
+        super().__init__("binary")
+
+    def compute_hash(self, vllm_config) -> str:
+        """vLLM's own factors and ours: a changed rule or option is a cache miss."""
+        return f"{super().compute_hash(vllm_config)}-{cache_key(resolve(), 'host')[:16]}"
+
+
+class GcuPassManager(PostGradPassManager):
+    """Our lowering, then vLLM's passes (which lower its IR operations and undo functionalisation)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowering = LoweringPass(resolve(), target="host")
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.lowering(graph)
+        super().__call__(graph)
+
+    def uuid(self) -> str:
+        return f"{super().uuid()}-{self.lowering.uuid()}"
