@@ -26,12 +26,30 @@ class GcuCompiler(InductorStandaloneAdaptor):
         return f"{super().compute_hash(vllm_config)}-{cache_key(resolve(), 'host')[:16]}"
 
 
+class LeftToInductor:
+    """A pass that does nothing."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return "left to Inductor"
+
+
 class GcuPassManager(PostGradPassManager):
-    """Our lowering, then vLLM's passes (which lower its IR operations and undo functionalisation)."""
+    """Our lowering, then vLLM's passes, which lower its IR operations.
+
+    vLLM's own de-functionalisation is left out: it names CUDA operations that the CPU build lacks. Inductor's
+    `decompose_auto_functionalized`, which runs after the custom passes, does the same for every operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.lowering = LoweringPass(resolve(), target="host")
+
+    def configure(self, config) -> None:
+        super().configure(config)
+        self.fix_functionalization = LeftToInductor()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.lowering(graph)
