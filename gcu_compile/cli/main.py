@@ -1,0 +1,30 @@
+"""The `gcu-compile` command's table of contents."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from gcu_compile.cli import demo, info
+from gcu_compile.errors import GcuCompileError
+
+app = typer.Typer(
+    name="gcu-compile",
+    help="torch.compile(backend='gcu') for vLLM models: information, models and tools.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("info")(info.info)
+app.command("demo-model")(demo.demo_model)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit status 2."""
+    try:
+        app()
+    except GcuCompileError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
