@@ -12,7 +12,6 @@ from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
 from vllm_integration import behaviours
 
-
 # vLLM's fusions into CUDA kernels, which its CPU build lacks.
 DEVICE_FUSIONS = (
     "fuse_norm_quant",
