@@ -6,8 +6,13 @@ PLATFORM = "vllm_integration.platform.GcuHostPlatform"
 def platform_plugin() -> str:
     """Entry point `vllm.platform_plugins`: the platform class that vLLM shall use, by its dotted name.
 
-    vLLM swallows what this raises, so the target is checked later, where an error reaches the user.
+    vLLM swallows what this raises, so the target is checked later, where an error reaches the user. General
+    plugins run inside the first `EngineArgs(...)`, too late to change its defaults, and so this entry point,
+    which comes first, asks to be called again once that class exists.
     """
+    from vllm_integration import behaviours, vllm_private
+
+    vllm_private.when_engine_args_exist(behaviours.install_engine_args)
     return PLATFORM
 
 

@@ -26,8 +26,11 @@ MULTIPROC_METHOD = "spawn"
 POST_PROCESSING_DTYPE = "original"
 # (5) Chunked prefill is on by default up to this sequence length, and off above it.
 CHUNKED_PREFILL_MAX_LEN = 32 * 1024
-# (6) Names under which multi-step scheduling can be asked for.
-MULTI_STEP_NAMES = ("num_scheduler_steps", "multi_step_stream_outputs")
+# (6) Names under which multi-step scheduling can be asked for, and the values that ask for nothing.
+MULTI_STEP_NAMES = {
+    "num_scheduler_steps": ("None", "0", "1"),
+    "multi_step_stream_outputs": ("None", "0", "False", "false"),
+}
 # (7) The inputs of a failed step are not dumped.
 DUMP_ON_ERROR = False
 
@@ -38,10 +41,15 @@ def install() -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = MULTIPROC_METHOD
     for name, value in USAGE_STATS_OFF.items():
         os.environ.setdefault(name, value)
-    vllm_private.on_engine_args(edit_engine_args)
+    install_engine_args()
     vllm_private.on_chunked_prefill_default(default_chunked_prefill)
     if not resolve().dump_on_error:
         vllm_private.replace_error_dump(no_dump)
+
+
+def install_engine_args() -> None:
+    """The part of `install` that the first `EngineArgs(...)` of a process must meet already."""
+    vllm_private.on_engine_args(edit_engine_args)
 
 
 def refuse_fork() -> None:
@@ -66,8 +74,8 @@ def edit_engine_args(kwargs: dict[str, Any]) -> None:
 
 def refuse_multi_step(given: dict[str, Any]) -> None:
     """Behaviour 6: raise if `given` asks for multi-step scheduling. One step per schedule is no request."""
-    for name in MULTI_STEP_NAMES:
-        if given.get(name) not in (None, 0, 1, "1", False):
+    for name, nothing in MULTI_STEP_NAMES.items():
+        if str(given.get(name)) not in nothing:
             raise UnsupportedFeatureError(
                 f"multi-step scheduling ({name}={given[name]!r}) is not supported. Remove it; each engine step "
                 "schedules anew. Speculative decoding also yields several tokens a step (--speculative-config)."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,26 @@ def on_engine_args(edit: Callable[[dict[str, Any]], None]) -> None:
 
     for owner in (EngineArgs, AsyncEngineArgs):
         _once(owner, "__init__", make)
+
+
+class _Watcher:
+    """A finder that finds nothing: imports that follow the module `name` call `action`, once."""
+
+    def __init__(self, name: str, action: Callable[[], None]):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        module = sys.modules.get(self.name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False) and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.action()
+
+
+def when_engine_args_exist(action: Callable[[], None]) -> None:
+    """Call `action` as soon as `EngineArgs` is there. vLLM asks for the platform while it imports that class."""
+    watcher = _Watcher("vllm.engine.arg_utils", action)
+    sys.meta_path.insert(0, watcher)
+    watcher.find_spec("")
 
 
 def on_chunked_prefill_default(decide: Callable[[Any, Any], None]) -> None:

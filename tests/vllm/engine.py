@@ -1,0 +1,85 @@
+"""Runs vLLM in a process of its own: `python engine.py request.json reply.json`.
+
+The request holds `llm` (keyword arguments of `LLM`), `prompts` (lists of token ids), `sampling`, and `probe`.
+A spawned child imports this file again, so everything stands behind the `__main__` check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = {"skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 16, "dtype": "float32"}
+
+
+def run(folder: Path, request: dict, timeout: float = 400, **environ: str) -> dict:
+    """The reply of a fresh process; its caches live in `folder`.
+
+    Returns:
+        The script's reply, or {"error": last lines of its output} when it failed; `log` is the whole output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "request.json").write_text(json.dumps(request))
+    (folder / "reply.json").unlink(missing_ok=True)
+    env = {
+        **os.environ,
+        "VLLM_CACHE_ROOT": str(folder / "vllm_cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        **environ,
+    }
+    words = [sys.executable, __file__, str(folder / "request.json"), str(folder / "reply.json")]
+    process = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout)
+    log = process.stdout + process.stderr
+    if process.returncode or not (folder / "reply.json").exists():
+        return {"error": log[-6000:], "log": log}
+    return {**json.loads((folder / "reply.json").read_text()), "log": log}
+
+
+def probe_worker(worker) -> dict:
+    """What holds inside a worker process."""
+    from vllm import envs
+    from vllm.v1.engine import core
+
+    return {
+        "pid": os.getpid(),
+        "start_method": envs.VLLM_WORKER_MULTIPROC_METHOD,
+        "usage_stats": not (envs.VLLM_NO_USAGE_STATS or envs.VLLM_DO_NOT_TRACK),
+        "error_dump": core.dump_engine_exception.__module__,
+        "error_dump_replaced": hasattr(core.dump_engine_exception, "__gcu_original__"),
+        "async_scheduling": worker.vllm_config.scheduler_config.async_scheduling,
+        "chunked_prefill": worker.vllm_config.scheduler_config.enable_chunked_prefill,
+        "compile_backend": str(worker.vllm_config.compilation_config.backend),
+        "compile_mode": int(worker.vllm_config.compilation_config.mode),
+        "platform": type(__import__("vllm.platforms", fromlist=["x"]).current_platform).__name__,
+    }
+
+
+def main(request_file: str, reply_file: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    request = json.loads(Path(request_file).read_text())
+    llm = LLM(**request["llm"])
+    config = llm.llm_engine.vllm_config
+    reply = {
+        "pid": os.getpid(),
+        "engine": {
+            "log_stats": llm.llm_engine.log_stats,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
+        },
+    }
+    if request.get("probe"):
+        reply["workers"] = llm.collective_rpc(probe_worker)
+    if request.get("prompts"):
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+        reply["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+    Path(reply_file).write_text(json.dumps(reply))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

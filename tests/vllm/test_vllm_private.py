@@ -1,0 +1,56 @@
+"""Everything of vLLM's that `vllm_integration` changes or leans on is still where it was: an upgrade's first test."""
+
+import inspect
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def test_engine_args_have_what_we_edit():
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = inspect.signature(EngineArgs).parameters
+    assert {"disable_log_stats", "async_scheduling", "enable_chunked_prefill", "additional_config"} <= set(names)
+    fill = EngineArgs._set_default_chunked_prefill_and_prefix_caching_args
+    assert list(inspect.signature(fill).parameters) == ["self", "model_config"]
+
+
+def test_error_dump_has_the_arguments_that_ours_takes():
+    from vllm.v1.engine import core
+
+    from vllm_integration.behaviours import no_dump
+
+    original = getattr(core.dump_engine_exception, "__gcu_original__", core.dump_engine_exception)
+    assert len(inspect.signature(original).parameters) == len(inspect.signature(no_dump).parameters)
+
+
+def test_compiler_and_pass_manager_override_what_exists():
+    from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config.compilation import PassConfig
+
+    from vllm_integration import compiler, platform
+
+    pairs = ((compiler.GcuCompiler, InductorStandaloneAdaptor), (compiler.GcuPassManager, PostGradPassManager))
+    for ours, theirs in pairs:
+        for name, member in vars(ours).items():
+            if inspect.isfunction(member) and name != "__init__":
+                assert hasattr(theirs, name), f"{theirs.__name__} has no {name}"
+    assert set(platform.DEVICE_FUSIONS) <= set(PassConfig.__dataclass_fields__)
+
+
+def test_watcher_acts_once_after_the_import(monkeypatch):
+    import sys
+
+    from vllm_integration import vllm_private
+
+    seen = []
+    before = list(sys.meta_path)
+    watcher = vllm_private._Watcher("not_there_yet", lambda: seen.append(1))
+    sys.meta_path.insert(0, watcher)
+    assert watcher.find_spec("anything") is None and not seen
+    monkeypatch.setitem(sys.modules, "not_there_yet", inspect)
+    watcher.find_spec("anything")
+    watcher.find_spec("anything")
+    assert seen == [1] and sys.meta_path == before
