@@ -8,6 +8,9 @@
 // float64, so that the kept set is the one of a float64 sort. Intervals come from a sample of the row and are
 // checked by exact counts; a bad guess costs a pass, never a wrong result.
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 #include <algorithm>
@@ -22,8 +25,8 @@
 namespace {
 
 constexpr int BLOCK = 4096;       // logits per block: 16 KiB of float32, half of an L1 cache
-constexpr int SAMPLES = 2048;     // values of a row from which intervals are guessed
-constexpr int CANDIDATES = 4096;  // an interval with no more than this is gathered and searched directly
+constexpr int SAMPLES = 1024;     // values of a row from which intervals are guessed
+constexpr int CANDIDATES = 8192;  // an interval with no more than this is gathered and searched directly
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float GREEDY = 1e-5f;  // temperatures below mean greedy, as in vLLM
 
@@ -94,11 +97,19 @@ double uniform(uint64_t seed, uint64_t position) {
   return double((uint64_t(c[0]) << 32 | c[1]) >> 11) * 0x1p-53;
 }
 
-struct Candidate {
-  float z;
-  int32_t id;
-  bool operator<(const Candidate& other) const { return z != other.z ? z > other.z : id < other.id; }
-};
+// A token as one number: descending z, then ascending id.
+inline int32_t ordered(float z) {
+  int32_t i = std::bit_cast<int32_t>(z + 0.0f);  // -0 and 0 are one value
+  return i < 0 ? int32_t(uint32_t(INT32_MIN) - uint32_t(i)) : i;
+}
+inline uint64_t candidate(float z, int64_t id) {
+  return uint64_t(uint32_t(INT32_MAX) - uint32_t(ordered(z))) << 32 | uint64_t(id);
+}
+inline int32_t id_of(uint64_t c) { return int32_t(uint32_t(c)); }
+inline float z_of(uint64_t c) {
+  int32_t i = int32_t(uint32_t(INT32_MAX) - uint32_t(c >> 32));
+  return std::bit_cast<float>(i < 0 ? int32_t(uint32_t(INT32_MIN) - uint32_t(i)) : i);
+}
 
 // The kept set: z > threshold, or z == threshold with an id up to `last`.
 struct Kept {
@@ -122,7 +133,7 @@ class Row {
  public:
   Row(const Arguments& arguments, int64_t row, int threads)
       : in_(arguments), row_(row), threads_(threads), blocks_((in_.vocab + BLOCK - 1) / BLOCK), base_(blocks_),
-        above_(blocks_), inside_(blocks_), maxima_(blocks_) {}
+        above_(blocks_), reach_(blocks_), all_(blocks_), maxima_(blocks_) {}
 
   int64_t sample() {
     maximum();
@@ -143,12 +154,13 @@ class Row {
     }
     if (p < 1.0) {
       if (!limited) guess();
-      double goal = p * mass_of(kept, limited);
-      kept = select(kept, [goal](int64_t count, double mass) { return count > 0 && mass >= goal; },
+      if (limited || in_.vocab <= CANDIDATES || floor_ >= max_) total_ = mass_of(limited);
+      else total_ = -1;  // known after the selection's first pass
+      kept = select(kept, [&](int64_t count, double mass) { return count > 0 && mass >= p * total_; },
                     [&](const std::vector<float>& s) { return rank_of_mass(s, p); });
       limited = true;
     }
-    if (!limited) measure(floor_, floor_), base_ = above_;
+    if (!limited) mass_of(false);
     fill(kept);
     return draw(kept);
   }
@@ -268,52 +280,80 @@ class Row {
     return double(rank);
   }
 
-  // above_: z >= high; inside_: low <= z < high.
-  void measure(float high, float low) {
+  // Sums over the tokens of [low, high): above_ those from a on, reach_ those from l on, all_ all masses.
+  // An interval narrower than the row is first packed, so that only its own tokens cost an exponential.
+  void measure(float low, float high, float l, float a) {
+    bool whole = low <= floor_ && high > max_;
     each_block([&](int64_t b, const float* z, int n) {
-      double above = 0, inside = 0;
-      int32_t above_count = 0, inside_count = 0;
-      double max = max_, inverse = inverse_;
-      if (maxima_[b] >= low) {
-        if (max_ == INF) {
-          for (int i = 0; i < n; ++i) {
-            above += z[i] >= high ? weight(z[i]) : 0, above_count += z[i] >= high;
-            inside += z[i] >= low && z[i] < high ? weight(z[i]) : 0, inside_count += z[i] >= low && z[i] < high;
-          }
-        } else if (high <= low) {
-#pragma omp simd reduction(+ : above)
-          for (int i = 0; i < n; ++i) {
-            double w = exp_negative((double(z[i]) - max) * inverse);
-            above += z[i] >= high ? w : 0.0;
-          }
-#pragma omp simd reduction(+ : above_count)
-          for (int i = 0; i < n; ++i) above_count += z[i] >= high ? 1 : 0;
-        } else {
-          double reached = 0;
-#pragma omp simd reduction(+ : above, reached)
-          for (int i = 0; i < n; ++i) {
-            double w = exp_negative((double(z[i]) - max) * inverse);
-            above += z[i] >= high ? w : 0.0;
-            reached += z[i] >= low && z[i] < high ? w : 0.0;
-          }
-          inside = reached;
-#pragma omp simd reduction(+ : above_count, inside_count)
-          for (int i = 0; i < n; ++i) {
-            above_count += z[i] >= high ? 1 : 0;
-            inside_count += z[i] >= low && z[i] < high ? 1 : 0;
-          }
-        }
+      double above = 0, reach = 0, all = 0;
+      int32_t above_count = 0, reach_count = 0;
+      alignas(64) float packed[BLOCK + 16];
+      if (maxima_[b] >= low && max_ < INF) {
+        if (!whole) n = pack(z, n, low, high, packed, nullptr), z = packed;
+        weigh(z, n, max_, inverse_, low, l, a, above, reach, all);
+        above_count = count(z, n, a), reach_count = count(z, n, l);
+      } else if (max_ == INF) {
+        for (int i = 0; i < n; ++i) all += z[i] == INF;
+        above = reach = all;
+        above_count = reach_count = int32_t(all);
       }
       above_.mass[b] = above, above_.count[b] = above_count;
-      inside_.mass[b] = inside, inside_.count[b] = inside_count;
+      reach_.mass[b] = reach, reach_.count[b] = reach_count;
+      all_.mass[b] = all;
     });
   }
 
+  // Weights of the values from `a`, from `l` and from `low` on. Values below all three weigh nothing.
+  static void weigh(const float* z, int n, double max, double inverse, float low, float l, float a, double& above,
+                    double& reach, double& all) {
+    double sum_a = 0, sum_l = 0, sum = 0;
+#pragma omp simd reduction(+ : sum_a, sum_l, sum)
+    for (int i = 0; i < n; ++i) {
+      double x = z[i];
+      double w = exp_negative((x - max) * inverse);
+      sum_a += x >= double(a) ? w : 0.0;
+      sum_l += x >= double(l) ? w : 0.0;
+      sum += x >= double(low) ? w : 0.0;
+    }
+    above = sum_a, reach = sum_l, all = sum;
+  }
+
+  static int32_t count(const float* z, int n, float from) {
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) sum += z[i] >= from ? 1 : 0;
+    return sum;
+  }
+
+  // The values of [low, high), and their places where asked for, one after the other; returns how many.
+  // Written with intrinsics because compilers do not vectorise a loop that packs.
+  static int pack(const float* z, int n, float low, float high, float* values, int32_t* places) {
+    int m = 0, i = 0;
+#ifdef __AVX512F__
+    __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
+    __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= n; i += 16) {
+      __m512 v = _mm512_loadu_ps(z + i);
+      __mmask16 in = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, highs, _CMP_LT_OQ);
+      if (!in) continue;
+      _mm512_storeu_ps(values + m, _mm512_maskz_compress_ps(in, v));
+      if (places) _mm512_storeu_si512(places + m, _mm512_maskz_compress_epi32(in, _mm512_add_epi32(lanes, _mm512_set1_epi32(i))));
+      m += __builtin_popcount(in);
+    }
+#endif
+    for (; i < n; ++i) {
+      values[m] = z[i];
+      if (places) places[m] = i;
+      m += int(z[i] >= low) & int(z[i] < high);
+    }
+    return m;
+  }
+
   // Mass of a kept set. base_ holds the blocks' masses when the set was `limited` by a selection before.
-  double mass_of(const Kept& kept, bool limited) {
+  double mass_of(bool limited) {
     if (!limited) {
-      measure(floor_, floor_);
-      base_ = above_;
+      measure(floor_, std::nextafterf(max_, INF), floor_, floor_);
+      base_ = reach_;
     }
     return base_.total_mass();
   }
@@ -337,22 +377,22 @@ class Row {
       a = std::clamp(a, std::nextafterf(low, INF), high);
       l = std::clamp(l, low, std::nextafterf(a, -INF));
       if (a == high && l == low) l = middle(low, high);
-      measure(a, l);
-      int64_t count = above_.total_count(), in_count = inside_.total_count();
-      double mass = above_.total_mass(), in_mass = inside_.total_mass();
-      if (a < high && reached(count, mass)) {
-        known = count - base_.total_count();
+      measure(low, high, l, a);
+      if (total_ < 0) total_ = all_.total_mass();
+      int64_t count = above_.total_count(), reach = reach_.total_count();
+      if (a < high && reached(base_.total_count() + count, base_.total_mass() + above_.total_mass())) {
+        known = count;
         low = a;
-      } else if (reached(count + in_count, mass + in_mass)) {
-        known = in_count;
-        low = l, high = a, base_ = above_;
+      } else if (reached(base_.total_count() + reach, base_.total_mass() + reach_.total_mass())) {
+        known = reach - count;
+        low = l, high = a, base_.add(above_);
+      } else if (l <= low) {  // all of it, and not enough
+        base_.add(reach_);
+        if (within.last >= 0) base_ = whole;
+        return within;
       } else {
-        high = l, base_ = above_, base_.add(inside_);
         known = in_.vocab;
-        if (high <= low) {  // all of it, and not enough
-          if (within.last >= 0) base_ = whole;
-          return within;
-        }
+        high = l, base_.add(reach_);
       }
       std::vector<float> rest;
       for (float s : samples_) if (s >= low && s < high) rest.push_back(s);
@@ -368,10 +408,9 @@ class Row {
 
   // Between low and high in the order of the floats' bit patterns, so that halving ends after 32 steps.
   static float middle(float low, float high) {
-    auto key = [](float f) { int32_t i = std::bit_cast<int32_t>(f); return int64_t(i < 0 ? INT32_MIN - int64_t(i) : i); };
-    int64_t m = (key(low) + key(high)) >> 1;
-    if (m == key(low)) ++m;
-    return std::bit_cast<float>(int32_t(m < 0 ? INT32_MIN - m : m));
+    int64_t key = (int64_t(ordered(low)) + int64_t(ordered(high))) >> 1;
+    if (key == ordered(low)) ++key;
+    return z_of(uint64_t(uint32_t(INT32_MAX) - uint32_t(int32_t(key))) << 32);
   }
 
   // All that is left has the value z: take them by id until it is enough.
@@ -382,7 +421,19 @@ class Row {
     int32_t last = -1;
     alignas(64) float block[BLOCK];
     for (int64_t b = 0; b < blocks_; ++b) {
+      if (maxima_[b] < z) continue;
       int n = load(b, block);
+      int64_t ties = 0;
+      if (!(within.last >= 0 && within.threshold == z)) {  // a whole block at once, unless it reaches the goal
+#pragma omp simd reduction(+ : ties)
+        for (int i = 0; i < n; ++i) ties += block[i] == z ? 1 : 0;
+        if (ties == 0 || !reached(count + ties, mass + ties * w)) {
+          if (ties) last = int32_t(b * BLOCK + n - 1);
+          base_.mass[b] += ties * w, base_.count[b] += ties;
+          count += ties, mass += ties * w;
+          continue;
+        }
+      }
       for (int i = 0; i < n; ++i) {
         if (block[i] != z || !within(z, b * BLOCK + i)) continue;
         last = int32_t(b * BLOCK + i);
@@ -397,7 +448,7 @@ class Row {
   // Few are left: search them by halves, in their order.
   template <class Reached>
   Kept split_candidates(const Kept& within, float low, float high, Reached reached) {
-    std::vector<Candidate> all = gather(within, low, high);
+    std::vector<uint64_t> all = gather(within, low, high);
     if (all.empty()) return within;
     int64_t count = base_.total_count();
     double mass = base_.total_mass();
@@ -406,7 +457,10 @@ class Row {
       auto half = begin + (end - begin) / 2;
       std::nth_element(begin, half, end);
       double upper = 0;
-      for (auto c = begin; c != half; ++c) upper += weight(c->z);
+      const uint64_t* c = &*begin;
+      double max = max_, inverse = inverse_;
+#pragma omp simd reduction(+ : upper)
+      for (int i = 0; i < int(half - begin); ++i) upper += exp_negative((double(z_of(c[i])) - max) * inverse);
       if (reached(count + (half - begin), mass + upper)) {
         end = half;
       } else {
@@ -416,36 +470,37 @@ class Row {
     std::sort(begin, end);
     auto last = begin;
     while (true) {
-      mass += weight(last->z);
+      mass += weight(z_of(*last));
       if (reached(++count, mass) || last + 1 == end) break;
       ++last;
     }
-    Kept kept{last->z, last->id};
+    Kept kept{z_of(*last), id_of(*last)};
     for (auto c = all.begin(); c != last + 1; ++c) {
-      base_.mass[c->id / BLOCK] += weight(c->z), base_.count[c->id / BLOCK] += 1;
+      base_.mass[id_of(*c) / BLOCK] += weight(z_of(*c)), base_.count[id_of(*c) / BLOCK] += 1;
     }
     return kept;
   }
 
-  std::vector<Candidate> gather(const Kept& within, float low, float high) const {
+  std::vector<uint64_t> gather(const Kept& within, float low, float high) const {
     std::vector<int64_t> begin(blocks_ + 1, 0);
     each_block([&](int64_t b, const float* z, int n) {
       int32_t count = 0;
       if (maxima_[b] >= low) {
 #pragma omp simd reduction(+ : count)
-        for (int i = 0; i < n; ++i) count += z[i] >= low && z[i] < high ? 1 : 0;
+        for (int i = 0; i < n; ++i) count += (z[i] >= low ? 1 : 0) - (z[i] >= high ? 1 : 0);
       }
       begin[b + 1] = count;
     });
     for (int64_t b = 0; b < blocks_; ++b) begin[b + 1] += begin[b];
-    std::vector<Candidate> all(begin[blocks_]);
+    std::vector<uint64_t> all(begin[blocks_]);
     each_block([&](int64_t b, const float* z, int n) {
-      int64_t at = begin[b];
-      if (at == begin[b + 1]) return;
-      for (int i = 0; i < n; ++i)
-        if (z[i] >= low && z[i] < high) all[at++] = Candidate{z[i], int32_t(b * BLOCK + i)};
+      if (begin[b] == begin[b + 1]) return;
+      alignas(64) float values[BLOCK + 16];
+      alignas(64) int32_t places[BLOCK + 16];
+      int m = pack(z, n, low, high, values, places);
+      for (int i = 0; i < m; ++i) all[begin[b] + i] = candidate(values[i], b * BLOCK + places[i]);
     });
-    std::erase_if(all, [&](const Candidate& c) { return within.last >= 0 && !within(c.z, c.id); });
+    std::erase_if(all, [&](uint64_t c) { return within.last >= 0 && !within(z_of(c), id_of(c)); });
     return all;
   }
 
@@ -495,10 +550,10 @@ class Row {
   int64_t row_;
   int threads_;
   int64_t blocks_;
-  Sums base_, above_, inside_;
+  Sums base_, above_, reach_, all_;
   std::vector<float> maxima_, samples_;
   float max_ = -INF, floor_ = -INF;
-  double inverse_ = 1.0;
+  double inverse_ = 1.0, total_ = 0;
 };
 
 }  // namespace
