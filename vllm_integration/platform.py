@@ -70,6 +70,8 @@ class GcuHostPlatform(CpuPlatform):
         asked_mode, asked_backend = compilation.mode, compilation.backend
         asked_async = vllm_config.scheduler_config.async_scheduling
         torch_wrap = compilation.ir_enable_torch_wrap
+        if vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = "vllm_integration.worker.GcuHostWorker"
         super().check_and_update_config(vllm_config)
         if asked_async:
             behaviours.log.warning("async_scheduling is not available on target host; it stays off.")

@@ -1,6 +1,7 @@
 """Runs vLLM in a process of its own: `python engine.py request.json reply.json`.
 
-The request holds `llm` (keyword arguments of `LLM`), `prompts` (lists of token ids), `sampling`, and `probe`.
+The request holds `llm` (keyword arguments of `LLM`), `prompts` (lists of token ids), `sampling` (one for
+all, or one each), and `probe`.
 A spawned child imports this file again, so everything stands behind the `__main__` check.
 """
 
@@ -58,6 +59,11 @@ def probe_worker(worker) -> dict:
     }
 
 
+def sampler_fallbacks(worker) -> dict:
+    """Why vLLM's own sampler was used, and how often."""
+    return dict(getattr(worker.model_runner.sampler, "fallbacks", {}))
+
+
 def main(request_file: str, reply_file: str) -> None:
     from vllm import LLM, SamplingParams
 
@@ -76,8 +82,15 @@ def main(request_file: str, reply_file: str) -> None:
         reply["workers"] = llm.collective_rpc(probe_worker)
     if request.get("prompts"):
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-        outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+        asked = request["sampling"]
+        for one in asked if isinstance(asked, list) else []:
+            if "logit_bias" in one:  # JSON has only text for keys
+                one["logit_bias"] = {int(token): bias for token, bias in one["logit_bias"].items()}
+        each = [SamplingParams(**one) for one in asked] if isinstance(asked, list) else SamplingParams(**asked)
+        outputs = llm.generate(prompts, each, use_tqdm=False)
         reply["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+        reply["all_tokens"] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        reply["fallbacks"] = llm.collective_rpc(sampler_fallbacks)
     Path(reply_file).write_text(json.dumps(reply))
 
 

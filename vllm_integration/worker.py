@@ -1,0 +1,22 @@
+"""The worker of target `host`: vLLM's CPU worker with our sampler."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_integration.behaviours import log
+from vllm_integration.sampler import GcuSampler
+
+
+class GcuHostWorker(CPUWorker):
+    """vLLM's `CPUWorker`; everything but post-processing is vLLM's own."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        if self.use_v2_model_runner:
+            log.warning("vLLM's V2 model runner keeps its own sampler: post-processing is in float32.")
+            return
+        runner = self.model_runner
+        runner.sampler = GcuSampler(
+            runner, logprobs_mode=runner.sampler.logprobs_mode, use_fp64_gumbel=runner.sampler.use_fp64_gumbel
+        )
