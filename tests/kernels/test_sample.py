@@ -171,7 +171,12 @@ def test_random_numbers_are_philox():
 
 @pytest.mark.parametrize(
     "asked",
-    [{}, {"top_k": torch.tensor([5], dtype=torch.int32)}, {"top_p": torch.tensor([0.7])}, {"min_p": torch.tensor([0.2])}],
+    [
+        {},
+        {"top_k": torch.tensor([5], dtype=torch.int32)},
+        {"top_p": torch.tensor([0.7])},
+        {"min_p": torch.tensor([0.2])},
+    ],
     ids=["all", "top_k", "top_p", "min_p"],
 )
 def test_chi_square_of_100000_draws(asked):

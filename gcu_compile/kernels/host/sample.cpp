@@ -26,7 +26,7 @@ namespace {
 
 constexpr int BLOCK = 4096;       // logits per block: 16 KiB of float32, half of an L1 cache
 constexpr int SAMPLES = 1024;     // values of a row from which intervals are guessed
-constexpr int CANDIDATES = 8192;  // an interval with no more than this is gathered and searched directly
+constexpr int CANDIDATES = 4096;  // an interval with no more than this is gathered and searched directly
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float GREEDY = 1e-5f;  // temperatures below mean greedy, as in vLLM
 
@@ -148,15 +148,15 @@ class Row {
     bool limited = false;
     if (k > 0 && k < in_.vocab) {
       guess();
-      kept = select(kept, [k](int64_t count, double) { return count >= k; },
+      kept = select(kept, true, [k](int64_t count, double) { return count >= k; },
                     [&](const std::vector<float>& s) { return double(k) * s.size() / in_.vocab; });
       limited = true;
     }
     if (p < 1.0) {
       if (!limited) guess();
-      if (limited || in_.vocab <= CANDIDATES || floor_ >= max_) total_ = mass_of(limited);
+      if (limited || in_.vocab <= CANDIDATES || floor_ >= max_ || max_ == INF) total_ = mass_of(limited);
       else total_ = -1;  // known after the selection's first pass
-      kept = select(kept, [&](int64_t count, double mass) { return count > 0 && mass >= p * total_; },
+      kept = select(kept, false, [&](int64_t count, double mass) { return count > 0 && mass >= p * total_; },
                     [&](const std::vector<float>& s) { return rank_of_mass(s, p); });
       limited = true;
     }
@@ -282,16 +282,20 @@ class Row {
 
   // Sums over the tokens of [low, high): above_ those from a on, reach_ those from l on, all_ all masses.
   // An interval narrower than the row is first packed, so that only its own tokens cost an exponential.
-  void measure(float low, float high, float l, float a) {
+  void measure(float low, float high, float l, float a, bool weighed = true) {
     bool whole = low <= floor_ && high > max_;
     each_block([&](int64_t b, const float* z, int n) {
       double above = 0, reach = 0, all = 0;
       int32_t above_count = 0, reach_count = 0;
       alignas(64) float packed[BLOCK + 16];
       if (maxima_[b] >= low && max_ < INF) {
-        if (!whole) n = pack(z, n, low, high, packed, nullptr), z = packed;
-        weigh(z, n, max_, inverse_, low, l, a, above, reach, all);
+        if (!whole && weighed) n = pack(z, n, low, high, packed, nullptr), z = packed;
+        if (weighed) weigh(z, n, max_, inverse_, low, l, a, above, reach, all);
         above_count = count(z, n, a), reach_count = count(z, n, l);
+        if (!whole && !weighed) {
+          int32_t beyond = count(z, n, high);
+          above_count -= beyond, reach_count -= beyond;
+        }
       } else if (max_ == INF) {
         for (int i = 0; i < n; ++i) all += z[i] == INF;
         above = reach = all;
@@ -359,9 +363,9 @@ class Row {
   }
 
   // The shortest prefix, by descending z and ascending id, of the set `within` that `reached(count, mass)`.
-  // Leaves the blocks' masses of the result in base_. `rank` guesses the threshold's place among the samples.
+  // Leaves the blocks' masses of the result in base_. `counting`: by count alone, no weights needed. `rank` guesses the threshold's place among the samples.
   template <class Reached, class Rank>
-  Kept select(const Kept& within, Reached reached, Rank rank) {
+  Kept select(const Kept& within, bool counting, Reached reached, Rank rank) {
     float low = within.last < 0 ? floor_ : within.threshold;  // low <= threshold < high
     float high = std::nextafterf(max_, INF);
     if (max_ == INF) return select_infinite(within, reached);
@@ -377,7 +381,7 @@ class Row {
       a = std::clamp(a, std::nextafterf(low, INF), high);
       l = std::clamp(l, low, std::nextafterf(a, -INF));
       if (a == high && l == low) l = middle(low, high);
-      measure(low, high, l, a);
+      measure(low, high, l, a, !counting);
       if (total_ < 0) total_ = all_.total_mass();
       int64_t count = above_.total_count(), reach = reach_.total_count();
       if (a < high && reached(base_.total_count() + count, base_.total_mass() + above_.total_mass())) {
@@ -387,8 +391,12 @@ class Row {
         known = reach - count;
         low = l, high = a, base_.add(above_);
       } else if (l <= low) {  // all of it, and not enough
-        base_.add(reach_);
-        if (within.last >= 0) base_ = whole;
+        if (within.last >= 0) {
+          base_ = whole;
+        } else {
+          base_.add(reach_);
+          if (counting) mass_of(false);
+        }
         return within;
       } else {
         known = in_.vocab;
@@ -401,6 +409,10 @@ class Row {
       } else {
         a = high, l = middle(low, high);
       }
+    }
+    if (counting && base_.total_count() > 0) {  // so far only counted
+      measure(high, std::nextafterf(max_, INF), high, high);
+      base_ = reach_;
     }
     if (known > CANDIDATES) return split_ties(within, low, reached);
     return split_candidates(within, low, high, reached);
@@ -484,12 +496,7 @@ class Row {
   std::vector<uint64_t> gather(const Kept& within, float low, float high) const {
     std::vector<int64_t> begin(blocks_ + 1, 0);
     each_block([&](int64_t b, const float* z, int n) {
-      int32_t count = 0;
-      if (maxima_[b] >= low) {
-#pragma omp simd reduction(+ : count)
-        for (int i = 0; i < n; ++i) count += (z[i] >= low ? 1 : 0) - (z[i] >= high ? 1 : 0);
-      }
-      begin[b + 1] = count;
+      begin[b + 1] = maxima_[b] >= low ? count(z, n, low) - count(z, n, high) : 0;
     });
     for (int64_t b = 0; b < blocks_; ++b) begin[b + 1] += begin[b];
     std::vector<uint64_t> all(begin[blocks_]);

@@ -12,7 +12,6 @@ temperature, min-p, top-k, top-p, softmax, draw. Where vLLM leaves it open, this
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 GREEDY = 1e-5  # temperatures below are greedy; vLLM's _SAMPLING_EPS
@@ -38,11 +37,11 @@ def adjusted(
     if forbidden is not None:
         z = z.masked_fill(forbidden, -torch.inf)
     if bias_offsets is not None:
-        rows = _rows(bias_offsets)
+        rows = _rows(bias_offsets, len(bias_ids))
         z.index_put_((rows, bias_ids.long()), bias_values, accumulate=True)
         z = torch.where(z.isnan(), minus, z)
     if history_offsets is not None:
-        rows, ids, counts = _rows(history_offsets), history_ids.long(), history_counts.float()
+        rows, ids, counts = _rows(history_offsets, len(history_ids)), history_ids.long(), history_counts.float()
         value = z[rows, ids]
         value = torch.where(value > 0, value / repetition[rows], value * repetition[rows])
         value = value - frequency[rows] * counts
@@ -51,9 +50,9 @@ def adjusted(
     return z
 
 
-def _rows(offsets):
-    """Row of each element of a list of lists that is stored flat: [2, 0, 1] elements -> [0, 0, 2]."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+def _rows(offsets, length):
+    """Row of each of `length` elements of a list of lists that is stored flat: offsets [0, 2, 2, 3] -> [0, 0, 2]."""
+    return torch.searchsorted(offsets, torch.arange(length, device=offsets.device), right=True) - 1
 
 
 def kept_set(z, temperature=None, top_k=None, top_p=None, min_p=None):
@@ -91,18 +90,20 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     Args:
         seeds, positions: [rows] int64.
     """
-    low = np.uint64(0xFFFFFFFF)
-    key = seeds.cpu().numpy().astype(np.uint64)
-    counter = positions.cpu().numpy().astype(np.uint64)
-    half = np.uint64(32)
-    c = [counter & low, counter >> half, np.zeros_like(counter), np.zeros_like(counter)]
-    k = [key & low, key >> half]
+    low = 0xFFFFFFFF
+
+    def multiply(x, constant):
+        """High and low half of a 32 x 32 bit product; int64 wraps, and keeps all 64 bits."""
+        product = x * constant
+        return (product >> 32) & low, product & low
+
+    c = [positions & low, (positions >> 32) & low, torch.zeros_like(positions), torch.zeros_like(positions)]
+    k = [seeds & low, (seeds >> 32) & low]
     for _ in range(10):
-        p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(q >> half) ^ c[1] ^ k[0], q & low, (p >> half) ^ c[3] ^ k[1], p & low]
-        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-    bits = (c[0] << half | c[1]) >> np.uint64(11)
-    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53).to(seeds.device)
+        (p_high, p_low), (q_high, q_low) = multiply(c[0], 0xD2511F53), multiply(c[2], 0xCD9E8D57)
+        c = [q_high ^ c[1] ^ k[0], q_low, p_high ^ c[3] ^ k[1], p_low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return (((c[0] << 21) | (c[1] >> 11)) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
 def sample(
