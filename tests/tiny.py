@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 LLAMA = {
-    "vocab_size": 160,
+    "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
@@ -32,4 +32,21 @@ def save_llama(folder: Path, **changes) -> Path:
             if parameter.dim() > 1:
                 parameter.mul_(4)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A tokenizer of single bytes with a chat template, for `save_llama`'s model in `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<|endoftext|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=tokens[0], eos_token=tokens[1], pad_token=tokens[1]
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
     return folder
