@@ -19,24 +19,10 @@ import tempfile
 from pathlib import Path
 
 TOKENS, WINDOW = 64, 1024
-TOPICS = [
-    "the sea",
-    "the moon",
-    "bread",
-    "rain",
-    "a small town",
-    "chess",
-    "iron",
-    "winter",
-    "rivers",
-    "maps",
-    "clocks",
-    "apples",
-    "horses",
-    "glass",
-    "music",
-    "trains",
-]
+TOPICS = (
+    *("the sea", "the moon", "bread", "rain", "a small town", "chess", "iron", "winter"),
+    *("rivers", "maps", "clocks", "apples", "horses", "glass", "music", "trains"),
+)
 
 
 def prompts() -> list[str]:
