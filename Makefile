@@ -39,5 +39,5 @@ install: preflight $(STAMP)
 $(STAMP): requirements/host.lock pyproject.toml
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-deps -r requirements/host.lock
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-name --editable .
 	touch $(STAMP)
