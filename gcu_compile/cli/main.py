@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from gcu_compile.cli import demo, info
+from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("info")(info.info)
+app.command("target")(target)
 app.command("demo-model")(demo.demo_model)
 
 
