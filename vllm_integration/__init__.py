@@ -12,7 +12,8 @@ def platform_plugin() -> str:
     """
     from vllm_integration import behaviours, vllm_private
 
-    vllm_private.when_engine_args_exist(behaviours.install_engine_args)
+    # vLLM asks for the platform while it imports this module.
+    vllm_private.when_imported("vllm.engine.arg_utils", behaviours.install_engine_args)
     return PLATFORM
 
 

@@ -43,6 +43,7 @@ def install() -> None:
         os.environ.setdefault(name, value)
     install_engine_args()
     vllm_private.on_chunked_prefill_default(default_chunked_prefill)
+    vllm_private.when_imported("vllm.entrypoints.launchers.api_server.entry", vllm_private.fail_when_engine_died)
     if not resolve().dump_on_error:
         vllm_private.replace_error_dump(no_dump)
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger("vllm.gcu")
 
 
 def _once(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -53,11 +56,37 @@ class _Watcher:
             self.action()
 
 
-def when_engine_args_exist(action: Callable[[], None]) -> None:
-    """Call `action` as soon as `EngineArgs` is there. vLLM asks for the platform while it imports that class."""
-    watcher = _Watcher("vllm.engine.arg_utils", action)
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Call `action` once the module `name` is there: now, or at the first import after its own."""
+    watcher = _Watcher(name, action)
     sys.meta_path.insert(0, watcher)
     watcher.find_spec("")
+
+
+def fail_when_engine_died() -> None:
+    """Let an API server whose engine died end with exit status 1; vLLM's own ends with 0."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    def make(original):
+        async def serve_http(app, *args, **kwargs):
+            engine, asked = app.state.engine_client, []
+            stop = engine.shutdown
+
+            def shutdown(*args, **kwargs):
+                asked.append(True)
+                return stop(*args, **kwargs)
+
+            engine.shutdown = shutdown  # called on SIGTERM; an engine that was told to stop did not die
+            ending = await original(app, *args, **kwargs)
+            if asked or not engine.errored:
+                return ending
+            await ending
+            log.error("The engine process died; the server ends with exit status 1.")
+            raise SystemExit(1)
+
+        return serve_http
+
+    _once(entry, "serve_http", make)
 
 
 def on_chunked_prefill_default(decide: Callable[[Any, Any], None]) -> None:

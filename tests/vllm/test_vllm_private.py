@@ -54,3 +54,12 @@ def test_watcher_acts_once_after_the_import(monkeypatch):
     watcher.find_spec("anything")
     watcher.find_spec("anything")
     assert seen == [1] and sys.meta_path == before
+
+
+def test_server_entry_has_what_we_wrap():
+    from vllm.entrypoints.launchers.api_server import entry
+
+    assert next(iter(inspect.signature(entry.serve_http).parameters)) == "app"
+    assert "engine_client = app.state.engine_client" in inspect.getsource(
+        inspect.getmodule(inspect.unwrap(entry.serve_http))
+    )
