@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
-__all__ = ["CustomInferenceAwareGraphPass", "compile_eagerly", "compile_with_inductor", "triton_version"]
+__all__ = [
+    "CustomInferenceAwareGraphPass",
+    "compile_eagerly",
+    "compile_with_inductor",
+    "graph_breaks",
+    "triton_version",
+]
 
 
 def triton_version() -> str:
@@ -20,6 +27,13 @@ def triton_version() -> str:
     except ImportError:
         return "none"
     return triton.__version__
+
+
+def graph_breaks() -> Counter[str]:
+    """Dynamo's graph breaks in this process so far: reason -> occurrences."""
+    from torch._dynamo.utils import counters
+
+    return Counter({str(reason).strip().splitlines()[0]: n for reason, n in counters["graph_break"].items()})
 
 
 def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: list[Any], lowering: Any, cache: bool):

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from gcu_compile.cli import demo, info
+from gcu_compile.cli import demo, explain, info
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("target")(target)
 app.command("demo-model")(demo.demo_model)
+app.command("explain")(explain.explain)
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""`gcu-compile explain`: what became of a model or a function."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gcu_compile.cli.report import JsonFile, write_json
+from gcu_compile.errors import CheckpointError, InvalidValueError
+
+Subject = Annotated[str, typer.Argument(help="A Hugging Face folder, or FILE.py:FUNCTION that returns (fn, args).")]
+Length = Annotated[int, typer.Option(help="Tokens of the prompt, for a model.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="option=value, repeatable.")]
+
+
+def explain(subject: Subject, prompt_length: Length = 16, set_: Settings = None, json_file: JsonFile = None) -> None:
+    """Compile and run once; print every place where a rule looked, graph breaks and fallbacks."""
+    from gcu_compile.debug.explain import explain as run
+
+    fn, args = load(subject, prompt_length)
+    report = run(fn, *args, options=parse(set_ or []))
+    write_json(json_file, report.to_json())
+    Console().print(report)
+
+
+def parse(settings: list[str]) -> dict[str, str]:
+    """`["cache=0"]` -> `{"cache": "0"}`."""
+    for setting in settings:
+        if "=" not in setting:
+            raise InvalidValueError("--set", setting, "option=value")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def load(subject: str, prompt_length: int) -> tuple[Callable, tuple[Any, ...]]:
+    """The function to compile and its arguments.
+
+    Raises:
+        CheckpointError: no such folder or file, a folder without config.json, a file without that function.
+    """
+    file, _, name = subject.rpartition(":")
+    if file.endswith(".py"):
+        if not Path(file).is_file():
+            raise CheckpointError(f"{file} does not exist")
+        functions = runpy.run_path(file)
+        if not callable(functions.get(name)):
+            raise CheckpointError(f"{file} has no function {name!r} that returns (fn, args)")
+        return functions[name]()
+    if not (Path(subject) / "config.json").is_file():
+        raise CheckpointError(f"{subject} is not a model folder: it has no config.json")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(subject, dtype=torch.float32).eval()
+    ids = torch.arange(prompt_length).remainder(model.config.vocab_size).unsqueeze(0)
+
+    def forward(tokens):
+        with torch.no_grad():
+            return model(tokens, use_cache=False).logits
+
+    return forward, (ids,)

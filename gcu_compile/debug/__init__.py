@@ -1,0 +1,1 @@
+"""Tools of someone who debugs a graph."""
