@@ -66,6 +66,13 @@ def same_size(left: Any, right: Any) -> bool:
     return left is right or bool(statically_known_true(left == right))
 
 
+def other_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are known to differ, without adding a guard on a symbol."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left != right))
+
+
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
     """`same_size` for every dimension."""
     return left.dim() == right.dim() and all(map(same_size, left.shape, right.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.lowering.rule import Refusal, Rule, same_shape, same_size, value_of
+from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_shape, same_size, value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -55,7 +55,10 @@ def _whole_slice(node: torch.fx.Node):
         return None
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return Refusal("no shape is known")
-    if not same_size(before.shape[dim or 0], after.shape[dim or 0]):
+    sizes = before.shape[dim or 0], after.shape[dim or 0]
+    if other_size(*sizes):
+        return None
+    if not same_size(*sizes):
         return Refusal("the end is not known to reach the size", near=end is not None)
     return source
 
