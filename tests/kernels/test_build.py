@@ -1,0 +1,86 @@
+"""Building host kernels: cached, atomic, and honest about what is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gcu_compile.errors import KernelBuildError
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.host import build
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Libraries loaded by other tests are not looked at here, and these not there."""
+    build._load.cache_clear()
+    yield
+    build._load.cache_clear()
+
+
+def libraries(folder):
+    return sorted((folder / "host").glob("*.so"))
+
+
+def test_second_load_builds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "portable")
+    build.load("sample")
+    (library,) = libraries(tmp_path)
+    build._load.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda *a: pytest.fail("built again"))
+    build.load("sample")
+    assert libraries(tmp_path) == [library]
+
+
+def test_damaged_library_is_built_again_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "portable")
+    monkeypatch.setattr(build, "_compile", lambda compiler, flags, source, library: library.write_bytes(b"half"))
+    with pytest.raises(OSError):
+        build.load("sample")
+    monkeypatch.undo()
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "portable")
+    assert build.load("sample").gcu_sample
+    assert "is damaged" in caplog.text
+
+
+def test_unwritable_cache_is_left_alone_with_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "portable")
+    assert build.load("sample").gcu_sample
+    assert "cannot be written" in caplog.text
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_without_a_compiler_the_meaning_runs_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(KernelBuildError, match="install g\\+\\+, or name one in the variable CXX"):
+        build.load("sample")
+    registry.fallbacks.clear()
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert torch.ops.gcu.sample(torch.tensor([[0.0, 2.0, 1.0]]), zero, zero).tolist() == [1]
+    ((_, reason),) = registry.fallbacks
+    assert "no C++ compiler" in reason
+
+
+def test_source_that_does_not_compile_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "broken.cpp").write_text("int main( {")
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(KernelBuildError, match=r"broken.cpp failed: .*error"):
+        build.load("broken")
+    assert list((tmp_path / "cache" / "host").iterdir()) == []
+
+
+def test_two_processes_at_once(tmp_path):
+    code = "from gcu_compile.kernels.host import build; print(bool(build.load('sample').gcu_sample))"
+    env = {**os.environ, "GCU_COMPILE_CACHE_DIR": str(tmp_path), "GCU_COMPILE_HOST_ISA": "portable"}
+    pair = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in pair] == [b"True", b"True"]
+    assert len(libraries(tmp_path)) == 1
