@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import gcu_compile.kernels.sampling  # noqa: F401  (defines the operation)
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import build
