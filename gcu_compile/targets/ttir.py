@@ -1,7 +1,7 @@
 """TTIR text as operations, values and source lines. Reading needs no Triton: a dumped file can be checked anywhere.
 
-    >>> module = parse(compile_ttir(kernel, {"x": "*fp32", "n": "i32"}, {"BLOCK": 128}))
-    >>> [op.name for op in module.function.walk()]
+>>> module = parse(compile_ttir(kernel, {"x": "*fp32", "n": "i32"}, {"BLOCK": 128}))
+>>> [op.name for op in module.function.walk()]
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class _Parser:
         self.number = 0
 
     def module(self) -> Module:
-        for self.number, raw in enumerate(self.lines, 1):
+        for number, raw in enumerate(self.lines, 1):
+            self.number = number
             line, place = strip_locations(raw.strip())
             line = re.sub(r"\s*// (pred|no pred).*$", "", line)
             if not line or line.startswith(("#", "module", "{-#", "//")) or (line[0] == "}" and not self.regions):
