@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from gcu_compile.cli import demo, explain, info
+from gcu_compile.cli import bisect, demo, explain, info
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
@@ -22,6 +22,7 @@ app.command("info")(info.info)
 app.command("target")(target)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
+app.command("bisect")(bisect.bisect)
 
 
 def main() -> None:
