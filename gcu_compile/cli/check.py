@@ -19,7 +19,7 @@ from gcu_compile.cli.target import Override
 from gcu_compile.errors import GcuCompileError, InvalidInputError
 from gcu_compile.options import resolve
 from gcu_compile.targets.cost import predict
-from gcu_compile.targets.legality import Report, Specimen, check_ttir, compile_finding, ttir_of
+from gcu_compile.targets.legality import Report, Specimen, check_kernel, ttir_of
 from gcu_compile.targets.profile import PROFILES, Profile, load_profile
 from gcu_compile.targets.triton_private import is_kernel, kernel_name, kernel_source
 from gcu_compile.targets.ttir import parse
@@ -138,12 +138,11 @@ def _module_of(kernel: Any) -> str:
 
 def examine(specimen: Specimen, profile: Profile) -> tuple[Report, dict[str, Any] | None]:
     """Findings and predicted cost of one specimen; no cost for a kernel that does not compile."""
-    try:
-        module = parse(ttir_of(specimen, profile))
-    except GcuCompileError as error:
-        return compile_finding(specimen, profile, error), None
-    report = check_ttir(module, profile, specimen.launch, specimen.name)
-    return report, predict(module, profile, specimen.launch, specimen.values, specimen.name).as_dict()
+    report = check_kernel(specimen, profile)
+    if any(finding.rule == "compiles" for finding in report.findings):
+        return report, None
+    module = parse(ttir_of(specimen, profile))
+    return report, predict(module, profile, specimen.launch, specimen.values).as_dict()
 
 
 def show(console: Console, report: Report, cost: dict[str, Any] | None) -> None:

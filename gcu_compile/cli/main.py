@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from gcu_compile.cli import bisect, demo, explain, info
+from gcu_compile.cli.check import check
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("info")(info.info)
 app.command("target")(target)
+app.command("check")(check)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
 app.command("bisect")(bisect.bisect)

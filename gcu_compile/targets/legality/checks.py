@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gcu_compile.targets.legality.addresses import ACCESSES, Access, address_loads, strides
+from gcu_compile.targets.legality.addresses import ACCESSES, Access, address_loads
+from gcu_compile.targets.legality.affine import strides
 from gcu_compile.targets.legality.launch import LOOPS, Breach, Launch
 from gcu_compile.targets.profile import Profile
 from gcu_compile.targets.ttir import Function, Op, Value
