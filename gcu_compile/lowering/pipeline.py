@@ -15,7 +15,7 @@ from gcu_compile.lowering.rule import Refusal, Rule
 from gcu_compile.lowering.rules import all_rules
 
 # In this order; what a step leaves is what the next one meets.
-STEPS = ("canonicalise",)
+STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing")
 
 
 def lower(gm: torch.fx.GraphModule, context: Context) -> None:
