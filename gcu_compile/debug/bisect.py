@@ -78,7 +78,7 @@ class _Search:
         before = len(backend.reports)
         compiled = torch.compile(self.fn, backend="gcu", options={**self.options, **options, "cache": False})
         actual = _tensors(compiled(*_copies(self.args)))
-        fired = [m for report in backend.reports[before:] for m in report.matches if m.status == "fused"]
+        fired = [m for report in backend.reports[before:] for m in report.matches if m.status == "fused" and m.by == "gcu"]
         return max(map(_breach, actual, self.expected), default=0.0), fired
 
 

@@ -30,7 +30,8 @@ class StepRecord:
 @dataclass
 class MatchRecord:
     """One place where a rule looked. `status`: fused, skipped (the guard's reason), near_miss (what did
-    not match), disabled (by the user). `index` counts the rule's anchors in the graph, from 0."""
+    not match), disabled (by the user). `index` counts the rule's anchors in the graph, from 0. `by`: who makes
+    the code of a fused place, gcu (the graph was rewritten) or inductor (the chain was left whole for it)."""
 
     rule: str
     index: int
@@ -39,6 +40,7 @@ class MatchRecord:
     status: str
     reason: str = ""
     source: str = ""
+    by: str = "gcu"
 
 
 @dataclass

@@ -86,6 +86,8 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
             record.status, record.reason = "disabled", "switched off by an option"
         elif reason := rule.guard(match):
             record.status, record.reason = "skipped", reason
+        elif rule.build is None:
+            record.by = "inductor"
         else:
             with gm.graph.inserting_before(node):
                 new = rule.build(gm.graph, node, match)

@@ -38,7 +38,8 @@ class Rule:
         anchors: operations at which it is tried.
         match: node -> any value that `build` needs, a `Refusal`, or None (not this rule's business,
             and not reported).
-        build: (graph, node, match) -> the replacement; called with insertion before `node`.
+        build: (graph, node, match) -> the replacement; called with insertion before `node`. None: the rule
+            recognises a chain that is already in the form which Inductor fuses, and leaves it as it is.
         eager: the meaning of the replacement in plain torch.
         guard: match -> reason to refuse, or None.
         opt_in: changes numerics; fires only when named in `enable_rules`.
@@ -48,7 +49,7 @@ class Rule:
     step: str
     anchors: tuple[Any, ...]
     match: Callable[[torch.fx.Node], Any]
-    build: Callable[[torch.fx.Graph, torch.fx.Node, Any], torch.fx.Node]
+    build: Callable[[torch.fx.Graph, torch.fx.Node, Any], torch.fx.Node] | None
     eager: Callable
     guard: Callable[[Any], str | None] = _always
     opt_in: bool = False
