@@ -78,7 +78,8 @@ class _Search:
         before = len(backend.reports)
         compiled = torch.compile(self.fn, backend="gcu", options={**self.options, **options, "cache": False})
         actual = _tensors(compiled(*_copies(self.args)))
-        fired = [m for report in backend.reports[before:] for m in report.matches if m.status == "fused" and m.by == "gcu"]
+        matches = [match for report in backend.reports[before:] for match in report.matches]
+        fired = [match for match in matches if match.status == "fused" and match.by == "gcu"]
         return max(map(_breach, actual, self.expected), default=0.0), fired
 
 

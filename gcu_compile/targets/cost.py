@@ -156,9 +156,8 @@ class _Count:
             self.dots[left.element] = self.dots.get(left.element, 0) + 2 * result.count * left.shape[-1] * times
         elif op.name in ("tt.reduce", "tt.scan"):
             self.vector += sum(_lanes(value) for value in op.operands) * times
-        elif op.name.startswith(ELEMENTWISE) and op.name != "arith.constant" and op.results:
-            if not _addresses_only(op.result):
-                self.vector += _lanes(op.result) * times
+        elif _computes(op):
+            self.vector += _lanes(op.result) * times
 
     def access(self, access: Access, times: int) -> None:
         kept = [1 if s == 0 else n for n, s in zip(access.shape, access.strides or access.shape, strict=True)]
@@ -221,6 +220,12 @@ class _Count:
 def _lanes(value: Value) -> float:
     """Elements of a tensor in f32 equivalents; 0 for a scalar, which the scalar unit computes."""
     return value.type.count * max(value.type.bits, 8) / 32 if value.type.is_tensor else 0.0
+
+
+def _computes(op: Op) -> bool:
+    """Whether vector units compute the result: elementwise, and not only an address."""
+    elementwise = op.name.startswith(ELEMENTWISE) and op.name != "arith.constant"
+    return bool(elementwise and op.results and not _addresses_only(op.result))
 
 
 def _addresses_only(value: Value) -> bool:
