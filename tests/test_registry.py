@@ -54,3 +54,29 @@ def test_tolerance_grows_with_the_sum_only_as_its_root(dtype):
 def test_tolerance_of_an_unknown_dtype():
     with pytest.raises(UnknownNameError, match="float8"):
         tolerance(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ("(Tensor x) -> Tensor", '(Tensor x, *, str site="") -> Tensor'),
+        ("() -> Tensor", '(*, str site="") -> Tensor'),
+        ("(Tensor(a!) x, *, float eps=1e-5) -> ()", '(Tensor(a!) x, *, float eps=1e-5, str site="") -> ()'),
+        ("(Tensor x, int? s=None) -> (Tensor, Tensor)", '(Tensor x, int? s=None, *, str site="") -> (Tensor, Tensor)'),
+    ],
+)
+def test_every_operation_can_carry_its_site(schema, expected):
+    assert registry.with_site(schema) == expected
+
+
+def test_watcher_sees_every_call_and_its_site(double, monkeypatch):
+    seen = []
+
+    def watcher(op, implementation, run, site, args, kwargs):
+        seen.append((op.name, implementation, site))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(registry, "watcher", watcher)
+    torch.ops.gcu.test_double(torch.ones(2))
+    torch.ops.gcu.test_double(torch.ones(2).half(), site="layers.3")
+    assert seen == [(double.name, "kernel", ""), (double.name, "eager", "layers.3")]

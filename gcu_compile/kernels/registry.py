@@ -6,11 +6,15 @@ A `FusedOp` holds one meaning: schema, eager meaning in plain torch, fake, toler
 
     call -> first implementation for the tensors' device whose `refuses(...)` gives no reason -> run
          -> none: the eager meaning, counted in `fallbacks` with every reason, and warned of once
+
+Every operation takes one more keyword, `site`: where it stands in a compiled graph. It is empty unless the
+graph was compiled with the shadow check on, changes no result, and no implementation sees it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +31,9 @@ OPS: dict[str, FusedOp] = {}
 fallbacks: Counter[tuple[str, str]] = Counter()
 # (operation, implementation) -> calls.
 calls: Counter[tuple[str, str]] = Counter()
+# Called as `watcher(op, implementation, run, site, args, kwargs)` instead of `run(*args, **kwargs)`; what it
+# returns is the result. None, and not looked at again, unless the shadow check is on.
+watcher: Callable | None = None
 
 
 def _never(*args, **kwargs) -> str | None:
@@ -77,10 +84,22 @@ def register(op: FusedOp) -> FusedOp:
     """Define `torch.ops.gcu.<op.name>` and return `op`. Registering a name twice is an error of ours."""
     assert op.name not in OPS, f"fused operation {op.name!r} is registered twice"
     OPS[op.name] = op
-    LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(op.name + with_site(op.schema), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(op.name, lambda *a, **k: dispatch(op, *a, **k), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gcu::{op.name}", op.fake, lib=LIBRARY)
+    torch.library.register_fake(f"gcu::{op.name}", lambda *a, site="", **k: op.fake(*a, **k), lib=LIBRARY)
     return op
+
+
+def with_site(schema: str) -> str:
+    """`schema` with the keyword-only argument `site` after all others.
+
+    >>> with_site("(Tensor x) -> Tensor")
+    '(Tensor x, *, str site="") -> Tensor'
+    """
+    arguments, arrow, result = schema.rpartition(") -> ")
+    keyword_only = re.search(r"[(,]\s*\*\s*,", arguments) is not None
+    comma = "" if arguments == "(" else ", "
+    return f'{arguments}{comma}{"" if keyword_only else "*, "}str site=""{arrow}{result}'
 
 
 def get(name: str) -> FusedOp:
@@ -90,7 +109,7 @@ def get(name: str) -> FusedOp:
     return OPS[name]
 
 
-def dispatch(op: FusedOp, *args, **kwargs):
+def dispatch(op: FusedOp, *args, site: str = "", **kwargs):
     """Run `op` by the first implementation that takes the arguments, else by its eager meaning."""
     device = _device_type(args, kwargs)
     reasons = []
@@ -100,14 +119,20 @@ def dispatch(op: FusedOp, *args, **kwargs):
         reason = implementation.refuses(*args, **kwargs)
         if reason is None:
             calls[op.name, implementation.name] += 1
-            return implementation.run(*args, **kwargs)
+            return _run(op, implementation.name, implementation.run, site, args, kwargs)
         reasons.append(f"{implementation.name}: {reason}")
     reason = "; ".join(reasons) or f"no implementation for device {device!r}"
     if (op.name, reason) not in fallbacks:
         log.warning("gcu::%s runs as plain torch: %s", op.name, reason)
     fallbacks[op.name, reason] += 1
     calls[op.name, "eager"] += 1
-    return op.eager(*args, **kwargs)
+    return _run(op, "eager", op.eager, site, args, kwargs)
+
+
+def _run(op: FusedOp, implementation: str, run: Callable, site: str, args: tuple, kwargs: dict):
+    if watcher is None:
+        return run(*args, **kwargs)
+    return watcher(op, implementation, run, site, args, kwargs)
 
 
 def _device_type(args, kwargs) -> str:
