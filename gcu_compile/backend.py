@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-import gcu_compile.kernels.sampling  # noqa: F401  (defines torch.ops.gcu.sample)
+import gcu_compile.kernels.dequant_gemm
+import gcu_compile.kernels.sampling  # noqa: F401  (they define torch.ops.gcu.*)
 from gcu_compile import torch_private
 from gcu_compile.lowering import source_hash
 from gcu_compile.lowering.context import Context, GraphReport

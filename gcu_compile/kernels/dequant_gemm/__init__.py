@@ -1,0 +1,126 @@
+"""Quantised matrix products as single operations: `gcu::dequant_gemm`, `gcu::int8_gemm`, their grouped forms for
+mixtures of experts, and `gcu::quantize_per_token`. Meanings: `eager.py`; weight storage: `layouts.py`."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.dequant_gemm import check, eager
+
+
+def _fake(x) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _dequant_gemm(x, *args, **kwargs):
+    check.dequant_gemm(x, *args, **kwargs)
+    return eager.dequant_gemm(x, *args, **kwargs)
+
+
+def _int8_gemm(x, *args, **kwargs):
+    check.int8_gemm(x, *args, **kwargs)
+    return eager.int8_gemm(x, *args, **kwargs)
+
+
+def check_grouped(one, op, x, offsets, weight, scales, *args, **kwargs) -> None:
+    """The checks of a grouped form; offsets have values only on real tensors."""
+    experts = scales.shape[:1]
+    if not _fake(x):
+        check.offsets(op, x, offsets, *experts)
+    one(x, weight, scales, *args, **kwargs, experts=tuple(experts), op=op)
+
+
+def _dequant_gemm_grouped(x, offsets, *args, **kwargs):
+    check_grouped(check.dequant_gemm, "dequant_gemm_grouped", x, offsets, *args, **kwargs)
+    return eager.dequant_gemm_grouped(x, offsets, *args, **kwargs)
+
+
+def check_int8_grouped(x, offsets, weight, scales, x_scales=None, bias=None, **kwargs) -> None:
+    """The checks of `int8_gemm_grouped`."""
+    one = functools.partial(check.int8_gemm, x_scales=x_scales, bias=bias)
+    check_grouped(one, "int8_gemm_grouped", x, offsets, weight, scales, **kwargs)
+
+
+def _int8_gemm_grouped(x, *args, **kwargs):
+    check_int8_grouped(x, *args, **kwargs)
+    return eager.int8_gemm_grouped(x, *args, **kwargs)
+
+
+def _quantize(x, group_size=0, symmetric=True):
+    check.quantize(x, group_size)
+    return eager.quantize(x, group_size, symmetric)
+
+
+def _linear_fake(x, weight, scales, *args, layout, out_dtype=None, **kwargs):
+    dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
+    return x.new_empty((*x.shape[:-1], scales.shape[-1]), dtype=dtype)
+
+
+def _grouped_fake(x, offsets, *args, **kwargs):
+    return _linear_fake(x, *args, **kwargs)
+
+
+def _quantize_fake(x, group_size=0, symmetric=True):
+    shape = (*x.shape[:-1], x.shape[-1] // group_size if group_size else 1)
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.int32),
+    )
+
+
+def _inputs(x, *args, **kwargs) -> int:
+    return x.shape[-1]
+
+
+DEQUANT_GEMM = registry.register(
+    registry.FusedOp(
+        "dequant_gemm",
+        "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None, Tensor? g_idx=None, Tensor? bias=None, *, "
+        "str layout) -> Tensor",
+        eager=_dequant_gemm,
+        fake=_linear_fake,
+        accumulation=_inputs,
+    )
+)
+INT8_GEMM = registry.register(
+    registry.FusedOp(
+        "int8_gemm",
+        "(Tensor x, Tensor weight, Tensor scales, Tensor? x_scales=None, Tensor? x_zeros=None, Tensor? zeros=None, "
+        "Tensor? bias=None, *, str layout, ScalarType? out_dtype=None) -> Tensor",
+        eager=_int8_gemm,
+        fake=_linear_fake,
+        accumulation=lambda *args, **kwargs: 1,  # the sum is exact in integers
+    )
+)
+DEQUANT_GEMM_GROUPED = registry.register(
+    registry.FusedOp(
+        "dequant_gemm_grouped",
+        "(Tensor x, Tensor offsets, Tensor weight, Tensor scales, Tensor? zeros=None, Tensor? g_idx=None, "
+        "Tensor? bias=None, *, str layout) -> Tensor",
+        eager=_dequant_gemm_grouped,
+        fake=_grouped_fake,
+        accumulation=_inputs,
+    )
+)
+INT8_GEMM_GROUPED = registry.register(
+    registry.FusedOp(
+        "int8_gemm_grouped",
+        "(Tensor x, Tensor offsets, Tensor weight, Tensor scales, Tensor? x_scales=None, Tensor? bias=None, *, "
+        "str layout, ScalarType? out_dtype=None) -> Tensor",
+        eager=_int8_gemm_grouped,
+        fake=_grouped_fake,
+        accumulation=lambda *args, **kwargs: 1,
+    )
+)
+QUANTIZE_PER_TOKEN = registry.register(
+    registry.FusedOp(
+        "quantize_per_token",
+        "(Tensor x, int group_size=0, bool symmetric=True) -> (Tensor, Tensor, Tensor)",
+        eager=_quantize,
+        fake=_quantize_fake,
+    )
+)
