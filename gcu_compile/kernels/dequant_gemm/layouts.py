@@ -89,7 +89,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("gptq_int4", 4, False, torch.int32, "k", "k", IN_ORDER, source="GPTQ qweight"),
         Layout("gptq_int8", 8, False, torch.int32, "k", "k", IN_ORDER[:4], source="GPTQ qweight, 8 bit"),
         Layout("awq_int4", 4, False, torch.int32, "n", "k", AWQ_ORDER, source="AutoAWQ qweight (GEMM version)"),
-        Layout("host_int4", 4, False, torch.int32, "k", "k", IN_ORDER, HOST_TILE, source="kernels/host/dequant_gemm.cpp"),
+        Layout("host_int4", 4, False, torch.int32, "k", "k", IN_ORDER, HOST_TILE, source="kernels/host"),
         Layout("host_int8", 8, True, torch.int32, "k", "k", IN_ORDER[:4], HOST_TILE, source="kernels/host, VNNI order"),
     )
 }
