@@ -1,0 +1,115 @@
+"""`torch.ops.gcu.attention`: contiguous tensors; bidirectional, causal and cross attention."""
+
+from __future__ import annotations
+
+import torch
+
+from gcu_compile.errors import InvalidInputError
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.attention.softmax import attend
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
+    "float scale, bool causal=False, SymInt causal_offset=0, SymInt? window=None, float soft_cap=0.0) -> Tensor"
+)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def invalid(argument: str, is_: object, expected: str) -> InvalidInputError:
+    """The error for one bad argument of gcu::attention."""
+    return InvalidInputError(f"gcu::attention: {argument} is {is_}, expected {expected}")
+
+
+def check(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
+          soft_cap=0.0) -> None:  # fmt: skip
+    """Raise `InvalidInputError` for arguments that have no meaning."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise invalid(name, tuple(x.shape), "four dimensions: [batch, heads, length, size]")
+        if x.dtype not in FLOATS or x.dtype != q.dtype:
+            raise invalid(f"{name}'s dtype", x.dtype, f"q's, one of {', '.join(map(str, FLOATS))}")
+    batch, heads, q_len, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise invalid("k", tuple(k.shape), f"[{batch}, kv_heads, kv_len, {head_dim}]")
+    if v.shape[:3] != k.shape[:3]:
+        raise invalid("v", tuple(v.shape), f"[{', '.join(map(str, k.shape[:3]))}, v_dim]")
+    if head_dim == 0 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise invalid("q", tuple(q.shape), f"heads a multiple of k's {k.shape[1]} and a head_dim above 0")
+    if bias is not None:
+        full = (batch, heads, q_len, k.shape[2])
+        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
+            raise invalid("bias", tuple(bias.shape), f"a shape that broadcasts to {full}")
+        if bias.dtype != torch.bool and not bias.dtype.is_floating_point:
+            raise invalid("bias's dtype", bias.dtype, "bool or a float")
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is not None and x.shape != (heads,):
+            raise invalid(name, tuple(x.shape), f"[{heads}], one per query head")
+    check_numbers("gcu::attention", window, soft_cap)
+
+
+def check_numbers(op: str, window: int | None, soft_cap: float) -> None:
+    """Raise `InvalidInputError` for a window or a soft cap out of range."""
+    if window is not None and window < 1:
+        raise InvalidInputError(f"{op}: window is {window}, expected at least 1, or None for no window")
+    if not soft_cap >= 0:
+        raise InvalidInputError(f"{op}: soft_cap is {soft_cap}, expected 0 (off) or more")
+
+
+def is_fake(*tensors: torch.Tensor) -> bool:
+    """Whether one of `tensors` has no values: sizes may be symbols then, and are not compared."""
+    return any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
+
+
+def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
+          soft_cap=0.0) -> torch.Tensor:  # fmt: skip
+    """Attention of contiguous tensors; `softmax.py` has the formula.
+
+    Args:
+        q: [batch, heads, q_len, head_dim] float32, bfloat16, float16 or float64.
+        k: [batch, kv_heads, kv_len, head_dim], same dtype; `heads` is a multiple of `kv_heads`.
+        v: [batch, kv_heads, kv_len, v_dim], same dtype.
+        bias: broadcasts to [batch, heads, q_len, kv_len]; bool keeps where True, a float is added to the scores.
+        alibi_slopes: [heads]; adds slope * (j - i - causal_offset) to the score of query i and key j.
+        sinks: [heads]; a logit per head that takes part in the softmax and has no value.
+        scale: factor of q . k, before the soft cap.
+        causal: key j is visible to query i only if j <= i + causal_offset. `kv_len - q_len` aligns the last query
+            with the last key; 0 is what `is_causal=True` means in torch.
+        window: key j is visible to query i only if j > i + causal_offset - window; at least 1. It bounds the past
+            only, with and without `causal`.
+        soft_cap: scores become cap * tanh(score / cap); 0: off.
+
+    Returns:
+        [batch, heads, q_len, v_dim], dtype of `q`. Rows that see no key are 0, as in torch's SDPA.
+
+    Raises:
+        InvalidInputError: shapes, dtypes or numbers that have no meaning.
+    """
+    if not is_fake(q, k, v):
+        check(q, k, v, bias, alibi_slopes, sinks, scale=scale, window=window, soft_cap=soft_cap)
+    positions = torch.arange(q.shape[2], device=q.device) + causal_offset
+    return attend(
+        q,
+        k,
+        v,
+        positions,
+        scale=scale,
+        causal=causal,
+        window=window,
+        soft_cap=soft_cap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    ).to(q.dtype)
+
+
+def fake(q, k, v, *args, **kwargs) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def accumulation(q, k, v, *args, **kwargs) -> int:
+    """The longest sums: head_dim products in a score, kv_len in an output value."""
+    return max(q.shape[3], k.shape[2])
+
+
+OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation))
