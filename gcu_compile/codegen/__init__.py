@@ -1,0 +1,1 @@
+"""Inductor's side of the GCU target: the device type, the scheduling, and models compiled without a card."""
