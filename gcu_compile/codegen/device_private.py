@@ -21,7 +21,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.runtime.hints import DeviceProperties
 
 # Options of Inductor that are known to break on this device, or that need a device at compile time.
-# Sources: torch-gcu's Inductor port, vllm-plugin-FL issue #557 and compilation/gcu_compiler.py, Torch-FL inductor_backend.
+# Sources: torch-gcu's Inductor port; vllm-plugin-FL issue #557, compilation/gcu_compiler.py; Torch-FL inductor_backend.
 FORCED = {
     "combo_kernels": False,  # NameError: xloop
     "triton.autotune_at_compile_time": False,
