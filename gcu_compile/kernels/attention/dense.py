@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
+from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import attend
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
     "float scale, bool causal=False, SymInt causal_offset=0, SymInt? window=None, float soft_cap=0.0) -> Tensor"
 )
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def invalid(argument: str, is_: object, expected: str) -> InvalidInputError:
-    """The error for one bad argument of gcu::attention."""
-    return InvalidInputError(f"gcu::attention: {argument} is {is_}, expected {expected}")
 
 
 def check(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
@@ -25,40 +19,26 @@ def check(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
     """Raise `InvalidInputError` for arguments that have no meaning."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise invalid(name, tuple(x.shape), "four dimensions: [batch, heads, length, size]")
-        if x.dtype not in FLOATS or x.dtype != q.dtype:
-            raise invalid(f"{name}'s dtype", x.dtype, f"q's, one of {', '.join(map(str, FLOATS))}")
+            raise checks.invalid("attention", name, x.shape, "four dimensions: [batch, heads, length, size]")
+        if x.dtype not in checks.FLOATS or x.dtype != q.dtype:
+            expected = f"q's, one of {', '.join(map(str, checks.FLOATS))}"
+            raise checks.invalid("attention", f"{name}'s dtype", x.dtype, expected)
     batch, heads, q_len, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise invalid("k", tuple(k.shape), f"[{batch}, kv_heads, kv_len, {head_dim}]")
+        raise checks.invalid("attention", "k", k.shape, f"[{batch}, kv_heads, kv_len, {head_dim}]")
     if v.shape[:3] != k.shape[:3]:
-        raise invalid("v", tuple(v.shape), f"[{', '.join(map(str, k.shape[:3]))}, v_dim]")
+        raise checks.invalid("attention", "v", v.shape, f"[{', '.join(map(str, k.shape[:3]))}, v_dim]")
     if head_dim == 0 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise invalid("q", tuple(q.shape), f"heads a multiple of k's {k.shape[1]} and a head_dim above 0")
+        raise checks.invalid("attention", "q", q.shape, f"heads a multiple of k's {k.shape[1]} and a head_dim above 0")
     if bias is not None:
         full = (batch, heads, q_len, k.shape[2])
         sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
         if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
-            raise invalid("bias", tuple(bias.shape), f"a shape that broadcasts to {full}")
+            raise checks.invalid("attention", "bias", bias.shape, f"a shape that broadcasts to {full}")
         if bias.dtype != torch.bool and not bias.dtype.is_floating_point:
-            raise invalid("bias's dtype", bias.dtype, "bool or a float")
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if x is not None and x.shape != (heads,):
-            raise invalid(name, tuple(x.shape), f"[{heads}], one per query head")
-    check_numbers("gcu::attention", window, soft_cap)
-
-
-def check_numbers(op: str, window: int | None, soft_cap: float) -> None:
-    """Raise `InvalidInputError` for a window or a soft cap out of range."""
-    if window is not None and window < 1:
-        raise InvalidInputError(f"{op}: window is {window}, expected at least 1, or None for no window")
-    if not soft_cap >= 0:
-        raise InvalidInputError(f"{op}: soft_cap is {soft_cap}, expected 0 (off) or more")
-
-
-def is_fake(*tensors: torch.Tensor) -> bool:
-    """Whether one of `tensors` has no values: sizes may be symbols then, and are not compared."""
-    return any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
+            raise checks.invalid("attention", "bias's dtype", bias.dtype, "bool or a float")
+    checks.per_head("attention", heads, alibi_slopes=alibi_slopes, sinks=sinks)
+    checks.numbers("attention", window, soft_cap)
 
 
 def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
@@ -85,7 +65,7 @@ def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
     Raises:
         InvalidInputError: shapes, dtypes or numbers that have no meaning.
     """
-    if not is_fake(q, k, v):
+    if not checks.is_fake(q, k, v):
         check(q, k, v, bias, alibi_slopes, sinks, scale=scale, window=window, soft_cap=soft_cap)
     positions = torch.arange(q.shape[2], device=q.device) + causal_offset
     return attend(
