@@ -7,8 +7,6 @@ A graph that needs gradients goes through Inductor without our inference-only ru
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +16,18 @@ import gcu_compile.kernels.attention
 import gcu_compile.kernels.dequant_gemm
 import gcu_compile.kernels.sampling  # noqa: F401  (they define torch.ops.gcu.*)
 from gcu_compile import torch_private
-from gcu_compile.lowering import source_hash
+from gcu_compile.cache.key import cache_key
 from gcu_compile.lowering.context import Context, GraphReport
 from gcu_compile.lowering.pipeline import check_names, lower
 from gcu_compile.options import Options, resolve
+from gcu_compile.recording import Recording
 from gcu_compile.targets.select import check_target, target_of
 
-# Reports of the graphs lowered in this process, oldest first.
+# Reports of the graphs compiled in this process, oldest first; a graph found in the cache has the report of the
+# compilation that made it.
 reports: list[GraphReport] = []
+# What was learned of each Dynamo graph in this process, oldest first: cache hit or miss, kernels, seconds.
+recordings: list[Recording] = []
 
 
 def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None):
@@ -38,41 +40,39 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
     effective = resolve(options)
     target = target_of(effective.target, example_inputs)
     check_target(target, serves="torch.compile", supported=("host", "cuda"))
-    lowering = LoweringPass(effective, target)
     check_names(Context(effective, target))
-    if not effective.inductor:
-        return torch_private.compile_eagerly(gm, example_inputs, lowering)
-    return torch_private.compile_with_inductor(gm, example_inputs, lowering, cache=effective.cache)
+    recording = Recording(gm, example_inputs, effective, target)
+    recordings.append(recording)
+    lowering = LoweringPass(effective, target, recording)
+    if effective.inductor:
+        compiled = torch_private.compile_with_inductor(
+            gm, example_inputs, lowering, effective.cache, recording.learned, provenance=bool(effective.dump)
+        )
+    else:
+        compiled = torch_private.compile_eagerly(gm, example_inputs, lowering)
+    recording.finish()
+    if recording.state == "hit":
+        reports.extend(recording.reports)
+    return compiled
 
 
 class LoweringPass(torch_private.CustomInferenceAwareGraphPass):
-    """Our lowering as an Inductor pass. `uuid` makes it an ingredient of Inductor's cache key."""
+    """Our lowering as an Inductor pass. `uuid` makes it an ingredient of Inductor's cache key.
 
-    def __init__(self, options: Options, target: str):
-        self.options, self.target = options, target
+    Args:
+        recording: what the compilation is recorded in; None where another keeps the artifacts (vLLM).
+    """
+
+    def __init__(self, options: Options, target: str, recording: Recording | None = None):
+        self.options, self.target, self.recording = options, target, recording
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = True) -> None:
-        context = Context(self.options, self.target, GraphReport(self.target, is_inference))
-        reports.append(context.report)
+        report = GraphReport(self.target, is_inference)
+        reports.append(report)
+        observers = self.recording.lowered(report) if self.recording else []
         if is_inference:
+            context = Context(self.options, self.target, report, observers)
             lower(graph.owning_module, context)
 
     def uuid(self) -> str:
-        return cache_key(self.options, self.target)
-
-
-def cache_key_ingredients(options: Options, target: str) -> dict[str, Any]:
-    """What generated code depends on, by name, beside the graph and what Inductor itself hashes."""
-    return {
-        "torch": torch.__version__,
-        "triton": torch_private.triton_version(),
-        "target": target,
-        "options": options.code_key(),
-        "sources": source_hash(),
-    }
-
-
-def cache_key(options: Options, target: str) -> str:
-    """Hash of `cache_key_ingredients`."""
-    text = json.dumps(cache_key_ingredients(options, target), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return self.recording.uuid if self.recording else cache_key(self.options, self.target)

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
 __all__ = [
     "CustomInferenceAwareGraphPass",
+    "Generated",
     "compile_eagerly",
     "compile_with_inductor",
+    "first_frame",
     "graph_breaks",
+    "inductor_settings",
+    "phase_seconds",
+    "symbol_range",
     "triton_version",
 ]
+
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+# Inductor settings that say where or how to look, not what code to make.
+NOT_CODE = ("trace.", "fx_graph_", "compile_threads", "worker_", "autotune_local_cache", "autotune_remote_cache")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What Inductor made of one graph.
+
+    Attributes:
+        code: source text of its wrapper, kernels included.
+        graph: the graph after Inductor's own post-grad passes, as text.
+        provenance: kernel call, numbered as in the wrapper's comments -> the nodes that it computes; empty unless
+            asked for.
+    """
+
+    code: str
+    graph: str
+    provenance: dict[str, list[str]]
 
 
 def triton_version() -> str:
@@ -36,17 +65,80 @@ def graph_breaks() -> Counter[str]:
     return Counter({str(reason).strip().splitlines()[0]: n for reason, n in counters["graph_break"].items()})
 
 
-def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: list[Any], lowering: Any, cache: bool):
+def inductor_settings() -> dict[str, str]:
+    """Inductor's settings that differ from their defaults and that code may depend on, as text."""
+    config = torch._inductor.config
+    changed = {
+        name: value
+        for name, entry in config._config.items()
+        if not name.startswith(NOT_CODE) and (value := getattr(config, name)) != entry.default
+    }
+    return {name: str(value) for name, value in sorted(changed.items())}
+
+
+def symbol_range(size: torch.SymInt) -> str:
+    """What is known of the symbols in a size, e.g. `s0: [2, 4096]`."""
+    ranges = getattr(size.node.shape_env, "var_to_range", {})
+    symbols = sorted(size.node.expr.free_symbols, key=str)
+    return ", ".join(f"{s}: [{ranges[s].lower}, {ranges[s].upper}]" for s in symbols if s in ranges)
+
+
+def first_frame(stack_trace: str) -> str:
+    """`model.py:12 forward`: the outermost place of a node's stack trace."""
+    found = FRAME.search(stack_trace)
+    return f"{found[1].rsplit('/', 1)[-1]}:{found[2]} {found[3]}" if found else ""
+
+
+def phase_seconds() -> dict[str, float]:
+    """Seconds spent so far in each part of compilation behind Dynamo; the parts do not overlap."""
+    from torch._dynamo.utils import compilation_time_metrics as times
+
+    def spent(*names: str) -> float:
+        return sum(sum(times.get(name, ())) for name in names)
+
+    ours = spent("pass.post_grad_passes.post_grad_custom_pre_pass")
+    passes = spent("_recursive_pre_grad_passes", "_recursive_joint_graph_passes", "_recursive_post_grad_passes")
+    code = spent("GraphLowering.codegen")
+    return {
+        "AOTAutograd": spent("create_aot_dispatcher_function") - spent("compile_fx.<locals>.fw_compiler_base"),
+        "lowering": ours,
+        "Inductor passes": passes - ours,
+        "Inductor scheduling and codegen": spent("GraphLowering.run") + code,
+        "building and loading code": spent("GraphLowering.compile_to_module") - code,
+    }
+
+
+def compile_with_inductor(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    lowering: Any,
+    cache: bool,
+    learn: Callable[[Generated], None],
+    provenance: bool = False,
+):
     """Inductor with `lowering` as the first of its post-grad passes.
 
     Args:
         lowering: a `CustomInferenceAwareGraphPass`.
         cache: whether Inductor keeps and reuses its artifacts.
+        learn: called with what was generated for each graph; not called when the cache held the whole.
+        provenance: let Inductor record which nodes each kernel computes.
     """
     patches: dict[str, Any] = {"post_grad_custom_pre_pass": lowering}
     if not cache:
         patches["fx_graph_cache"] = False
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    if provenance:
+        patches["trace.provenance_tracking_level"] = 1
+
+    def compile_and_learn(*args: Any, **kwargs: Any):
+        result = compile_fx_inner(*args, **kwargs)
+        if code := getattr(result, "source_code", None):  # a graph without operations has none
+            mapping = json.loads(getattr(result, "inductor_provenance_mapping_str", None) or "{}")
+            graph = getattr(result, "inductor_post_grad_graph_str", "")
+            learn(Generated(code, graph, mapping.get("cppCodeToPost", {})))
+        return result
+
+    return compile_fx(gm, example_inputs, inner_compile=compile_and_learn, config_patches=patches)
 
 
 def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], lowering: Any):

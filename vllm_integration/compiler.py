@@ -9,7 +9,8 @@ import torch
 from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 
-from gcu_compile.backend import LoweringPass, cache_key
+from gcu_compile.backend import LoweringPass
+from gcu_compile.cache.key import cache_key
 from gcu_compile.options import resolve
 
 

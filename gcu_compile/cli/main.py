@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from gcu_compile.cli import bisect, demo, explain, info
+from gcu_compile.cli.cache import cache
 from gcu_compile.cli.check import check
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
@@ -25,6 +26,7 @@ app.command("check")(check)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
 app.command("bisect")(bisect.bisect)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

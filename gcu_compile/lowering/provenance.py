@@ -7,6 +7,9 @@ import re
 import torch
 
 KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
+# What Dynamo puts before the path: a local or global variable, and the cell of a closure that holds a module.
+ROOT = re.compile(r"^[LG]\['[^']+'\]")
+CELL = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
 LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -20,8 +23,18 @@ def inherit(new: torch.fx.Node, old: torch.fx.Node) -> None:
 def layer_of(node: torch.fx.Node) -> str:
     """The innermost module's path, e.g. `model.layers.3.self_attn`; empty where none is known."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return re.sub(r"^L\['self'\]\.?|\['([^']+)'\]", lambda m: f".{m[1]}" if m[1] else "", paths[-1]) if paths else ""
+    return module_path([entry[0] for entry in stack.values()][-1]) if stack else ""
+
+
+def module_path(dynamo: str) -> str:
+    """Dynamo's name of a module as its path from the root.
+
+    >>> module_path("L['self'].model.layers[3]._modules['norm']")
+    'model.layers.3.norm'
+    """
+    path = CELL.sub("", dynamo)
+    path = re.sub(r"(?:\._modules)?\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", ROOT.sub("", path))
+    return path.strip(".")
 
 
 def source_line(node: torch.fx.Node) -> str:

@@ -1,0 +1,114 @@
+"""What is learned while one Dynamo graph is compiled, and kept so that a cache hit tells the same."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gcu_compile import torch_private
+from gcu_compile.cache.key import cache_key, code_ingredients, graph_ingredients, key_of, name_of
+from gcu_compile.cache.store import Entry, Store
+from gcu_compile.generated import Kernel, kernels
+from gcu_compile.lowering.context import GraphReport, Observer
+from gcu_compile.options import Options
+
+
+class Recording:
+    """One compilation: begun before Inductor is asked, finished after.
+
+    Attributes:
+        name: where the graph starts in the model's code.
+        key: what it is kept under; empty when nothing is kept.
+        state: `hit` (Inductor had the code), `miss` (it was compiled), `off` (caching is switched off, or
+            Inductor is).
+        reason: why it was no hit.
+        reports: of the graphs lowered for it; of a hit, those of the compilation that made the code.
+        kernels: the calls of each graph's code.
+        seconds: part of the compilation -> wall time; of a hit, that of the compilation that made the code.
+    """
+
+    def __init__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], options: Options, target: str):
+        self.options, self.target = options, target
+        self.name, self.key, self.state = name_of(gm), "", "off"
+        self.reason = "switched off by option cache" if options.inductor else "nothing is generated without Inductor"
+        self.reports: list[GraphReport] = []
+        self.kernels: list[list[Kernel]] = []
+        self.seconds: dict[str, float] = {}
+        self._entry: Entry | None = None
+        self._kept: Entry | None = None
+        self._finished = False
+        self._dump = None
+        if options.dump:
+            from gcu_compile.debug.dump import Recorder  # nothing of the dump runs when it is off
+
+            self._dump = Recorder()
+        if options.cache and options.inductor:
+            ingredients = {
+                **code_ingredients(options, target),
+                **graph_ingredients(gm, example_inputs),
+                "dump": bool(options.dump),
+            }
+            self.key = key_of(ingredients)
+            self._store = Store(options.effective_cache_dir())
+            self._kept, self.reason = self._store.load(self.key)
+            self._entry = Entry(self.key, ingredients)
+            if self._kept:
+                self._entry.generation = self._kept.generation
+        self._start, self._phases = time.perf_counter(), torch_private.phase_seconds()
+
+    @property
+    def uuid(self) -> str:
+        """What stands for us in Inductor's key."""
+        return f"{cache_key(self.options, self.target)}-{self._entry.generation if self._entry else ''}"
+
+    def lowered(self, report: GraphReport) -> list[Observer]:
+        """A graph is about to be lowered, and will tell of it in `report`; what shall watch the lowering."""
+        self.reports.append(report)
+        if self._dump is None:
+            return []
+        self._dump.begin(report)
+        return [self._dump.step]
+
+    def learned(self, generated: torch_private.Generated) -> None:
+        """Inductor has made code, or found it."""
+        self.kernels.append(kernels(generated.code))
+        if self._dump:
+            self._dump.code(generated)
+        if self._finished:
+            self._save()  # a backward graph, compiled at its first use
+
+    def finish(self) -> None:
+        """The callable is there: find out whether it was a hit, and keep or take back what was learned."""
+        hit = self._kept is not None and not self.reports
+        if hit:
+            self.state, self.reason = "hit", ""
+            self.reports = [GraphReport.from_json(report) for report in self._kept.reports]
+            self.kernels = [[Kernel(**kernel) for kernel in graph] for graph in self._kept.kernels]
+            self.seconds = self._kept.seconds
+        else:
+            self.seconds = self._split()
+            if self._entry:
+                self.state = "miss"
+                self.reason = self.reason or "Inductor's own cache has no code for this key"
+                self._save()
+        self._finished = True
+        if self._dump:
+            self._dump.write(self, self._kept.dump if hit else None)
+
+    def _save(self) -> None:
+        if self._entry is None:
+            return
+        self._entry.reports = [report.to_json() for report in self.reports]
+        self._entry.kernels = [[asdict(kernel) for kernel in graph] for graph in self.kernels]
+        self._entry.seconds = self.seconds
+        self._entry.dump = self._dump.graphs if self._dump else None
+        self._store.save(self._entry)
+
+    def _split(self) -> dict[str, float]:
+        after = torch_private.phase_seconds()
+        parts = {name: max(0.0, seconds - self._phases[name]) for name, seconds in after.items()}
+        total = time.perf_counter() - self._start
+        return {**parts, "other": max(0.0, total - sum(parts.values())), "total": total}
