@@ -24,7 +24,7 @@ from gcu_compile.options import resolve
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 # Option host_isa -> what the compiler is told (psABI levels of x86-64).
 ISA_FLAGS = {
     "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -53,6 +53,13 @@ def host_isa() -> str:
     return asked
 
 
+def isa_flags(isa: str) -> tuple[str, ...]:
+    """What the compiler is told for `isa`: its level, and of the extensions beyond it those that this CPU has."""
+    has = {"-mavx512vnni": torch.cpu._is_vnni_supported, "-mavx512bf16": torch.cpu._is_avx512_bf16_supported}
+    extensions = (flag for flag, supported in has.items() if supported()) if isa in ("avx512", "amx") else ()
+    return (*ISA_FLAGS[isa], *extensions)
+
+
 def load(name: str) -> ctypes.CDLL:
     """The library of `<name>.cpp`, built if the cache has none for this source, compiler and instruction set.
 
@@ -68,8 +75,9 @@ def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise KernelBuildError("no C++ compiler: install g++, or name one in the variable CXX")
-    flags = (*FLAGS, *(ISA_FLAGS[isa] if platform.machine() in ("x86_64", "AMD64") else ()))
-    key = hashlib.sha256(source.read_bytes() + repr((flags, _version(compiler))).encode()).hexdigest()[:20]
+    flags = (*FLAGS, *(isa_flags(isa) if platform.machine() in ("x86_64", "AMD64") else ()))
+    texts = b"".join(path.read_bytes() for path in (source, *sorted(HERE.glob("*.h"))))
+    key = hashlib.sha256(texts + repr((flags, _version(compiler))).encode()).hexdigest()[:20]
     library = _writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
     if library.exists():
         try:
