@@ -60,7 +60,15 @@ def test_every_kernel_has_a_specimen(name):
     assert kernels <= {entry["kernel"] for entry in module(name).LEGALITY_SPECIMENS}
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
+def first_of_each_kernel():
+    """ptxas takes seconds: by default the first specimen of each kernel, with --slow all of them."""
+    seen = set()
+    for name, entry in SPECIMENS.items():
+        yield pytest.param(name, marks=[pytest.mark.slow] if entry["kernel"] in seen else [])
+        seen.add(entry["kernel"])
+
+
+@pytest.mark.parametrize("name", first_of_each_kernel())
 def test_compiles_ahead_of_time_for_sm_90(name):
     file, _ = name.split(": ")
     entry = SPECIMENS[name]
