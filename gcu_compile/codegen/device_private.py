@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.device_interface import DeviceInterface, register_interface_for_device
+from torch._inductor import scheduler as inductor_scheduler
 from torch._inductor import utils as inductor_utils
 from torch._inductor.codecache import CacheBase
 from torch._inductor.codegen.common import (
@@ -84,6 +85,8 @@ def install(name: str, runtime: Any) -> str:
     if name not in inductor_utils.GPU_TYPES:
         # What is in this list gets device guards and GPU fusion limits.
         inductor_utils.GPU_TYPES.append(name)
+        # The scheduler refuses devices of that list unless CUDA, XPU or MTIA brought Triton.
+        inductor_scheduler.has_triton = lambda: True
     _triton_driver(runtime)
     if runtime.kind == "card":
         _cache_system(runtime)
@@ -185,10 +188,8 @@ class _Launch(DeviceOpOverrides):
         self.runtime = runtime
 
     def import_get_raw_stream_as(self, name: str) -> str:
-        lines = ["import gcu_compile.codegen.runtime as gcu_runtime"]
-        if self.runtime.packaging == "triton_gcu":
-            lines.append("import triton_gcu.triton")
-        return "\n".join([*lines, f"from gcu_compile.codegen.runtime import get_raw_stream as {name}"])
+        line = f"from gcu_compile.codegen.runtime import get_raw_stream as {name}"
+        return f"import triton_gcu.triton\n{line}" if self.runtime.packaging == "triton_gcu" else line
 
     def set_device(self, device_idx: int) -> str:
         return f"gcu_runtime.set_device({device_idx})"

@@ -45,12 +45,13 @@ class MatchRecord:
 
 @dataclass
 class GraphReport:
-    """What lowering did to one graph."""
+    """What lowering did to one graph. `counts`: of steps that are no rules, what each did and how often."""
 
     target: str = ""
     inference: bool = True
     steps: list[StepRecord] = field(default_factory=list)
     matches: list[MatchRecord] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def fused(self) -> Counter[str]:
@@ -69,6 +70,7 @@ class GraphReport:
             inference=data["inference"],
             steps=[StepRecord(**step) for step in data["steps"]],
             matches=[MatchRecord(**match) for match in data["matches"]],
+            counts=data.get("counts", {}),
         )
 
 

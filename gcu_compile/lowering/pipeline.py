@@ -10,12 +10,15 @@ import torch
 from gcu_compile.errors import UnknownNameError
 from gcu_compile.lowering import invariants
 from gcu_compile.lowering.context import Context, MatchRecord, StepRecord
+from gcu_compile.lowering.legalise import legalise
 from gcu_compile.lowering.provenance import inherit, layer_of, source_line
 from gcu_compile.lowering.rule import Refusal, Rule
 from gcu_compile.lowering.rules import all_rules
 
 # In this order; what a step leaves is what the next one meets.
-STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing")
+STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing", "legalise")
+# Steps that are a function over the whole graph, and the targets that have them.
+WHOLE = {"legalise": (legalise, ("gcu300", "gcu400"))}
 
 
 def lower(gm: torch.fx.GraphModule, context: Context) -> None:
@@ -27,6 +30,8 @@ def lower(gm: torch.fx.GraphModule, context: Context) -> None:
     """
     check_names(context)
     for step in STEPS:
+        if step in WHOLE and context.target not in WHOLE[step][1]:
+            continue
         if step not in context.options.disable_steps:
             _run(step, gm, context)
 
@@ -54,6 +59,8 @@ def _run(step: str, gm: torch.fx.GraphModule, context: Context) -> None:
     for rule in all_rules():
         if rule.step == step:
             apply(rule, gm, context)
+    if step in WHOLE:
+        context.report.counts[step] = WHOLE[step][0](gm)
     gm.graph.eliminate_dead_code()
     seconds = time.perf_counter() - start
     context.report.steps.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gcu_compile.targets.legality.addresses import ACCESSES, Access, address_loads
-from gcu_compile.targets.legality.affine import strides
+from gcu_compile.targets.legality.affine import strides, uniform
 from gcu_compile.targets.legality.launch import LOOPS, Breach, Launch
 from gcu_compile.targets.profile import Profile
 from gcu_compile.targets.ttir import Function, Op, Value
@@ -115,13 +115,18 @@ def check_accesses(accesses: list[Access], profile: Profile) -> Iterator[Breach]
         if access.verdict == "scalar dma" and any(around.name in LOOPS for around in access.op.ancestors()):
             yield "scalar-access-in-loop", access.op, f"{access.op.name} of one {access.element} per iteration"
         for load in address_loads(access) if access.shape else ():
-            if not _clamped(load.result, access.op.operands[0]):
+            if _masked_without_zero(load) and not _clamped(load.result, access.op.operands[0]):
                 line = load.location.line
                 yield "indirect-clamp", access.op, f"the index loaded in line {line} reaches the address unclamped"
 
 
 def _tile(access: Access) -> str:
     return "x".join(map(str, (*access.shape, access.element)))
+
+
+def _masked_without_zero(load: Op) -> bool:
+    """Whether some elements of a load are whatever the memory or `other` holds, and not 0: no index at all."""
+    return len(load.operands) > 1 and not (len(load.operands) > 2 and uniform(load.operands[2]) == 0)
 
 
 def _clamped(loaded: Value, address: Value) -> bool:
