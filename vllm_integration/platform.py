@@ -28,8 +28,9 @@ DEVICE_FUSIONS = (
 
 
 class GcuHostPlatform(CpuPlatform):
-    """Target `host` in vLLM. The graph is compiled whole: with no device graphs to capture there is nothing to
-    gain from splitting it at attention, and 30 layers in one graph share their buffers and one wrapper call."""
+    """Target `host` in vLLM. The graph is compiled in pieces, split at attention and at the KV write: layers are
+    alike, so that Inductor compiles one piece and finds the others in its cache. Against one whole graph that
+    halves a cold start and costs no decode speed (docs/architecture.md has the figures)."""
 
     simple_compile_backend = "inductor"
 
@@ -80,7 +81,7 @@ class GcuHostPlatform(CpuPlatform):
             compilation.mode = CompilationMode.VLLM_COMPILE
             compilation.backend = cls.get_compile_backend()
             compilation.ir_enable_torch_wrap = torch_wrap
-            if compilation.splitting_ops is None:
-                compilation.splitting_ops = []
+            parallel = vllm_config.parallel_config
+            compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
             # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
             compilation.compile_sizes = compilation.compile_sizes or []

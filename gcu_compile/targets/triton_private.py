@@ -1,9 +1,15 @@
-"""Every touch of Triton's inner API: a kernel's TTIR without a device. Works on Triton 3.6 to 3.9."""
+"""Every touch of Triton's inner API, without a device: a kernel's TTIR, its CUDA binary, its run in the interpreter.
+
+Works on Triton 3.6 to 3.9.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gcu_compile.errors import InvalidInputError, KernelBuildError, UnknownNameError
@@ -121,3 +127,116 @@ def _argument_types(function: Any, signature: Mapping[str, str], constants: Mapp
             lacks = "value" if types.get(name) == "constexpr" else "type"
             raise InvalidInputError(f"argument {name!r} of {function.__name__} has no {lacks} in its specimen")
     return {name: types[name] for name in function.arg_names}
+
+
+def compile_for_cuda(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any] | None = None,
+    *,
+    capability: int = 90,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compile a `@triton.jit` kernel ahead of time for an NVIDIA GPU; no GPU is needed.
+
+    Args:
+        kernel, signature, constexprs: as in `compile_ttir`.
+        capability: compute capability, e.g. 90 for sm_90.
+        num_warps, num_stages, options: of Triton's CUDA backend.
+
+    Returns:
+        What Triton made by stage: at least "ttir", "ttgir", "ptx" (text) and "cubin" (bytes).
+
+    Raises:
+        KernelBuildError: Triton or its assembler refuses the kernel, or Triton is missing.
+        UnknownNameError, InvalidInputError: the signature does not fit the kernel.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, CompilationError
+    except ImportError as error:
+        raise KernelBuildError(f"compiling a kernel needs Triton 3.6 or newer: {error}") from error
+    function = _jit_function(kernel)
+    if function is None:
+        raise InvalidInputError(f"{kernel!r} is not a @triton.jit function")
+    constants = dict(constexprs or {})
+    kinds = _argument_types(function, signature, constants)
+    source = ASTSource(fn=function, signature=kinds, constexprs=constants)
+    given = {"num_warps": num_warps, "num_stages": num_stages, **options}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given)
+    except (CompilationError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise KernelBuildError(f"Triton cannot compile {function.__name__} for sm_{capability}: {error}") from error
+    return dict(compiled.asm)
+
+
+_interpreting = threading.RLock()
+
+
+class Interpreted:
+    """A kernel that runs in Triton's interpreter: `Interpreted(kernel)[grid](*arguments, **constexprs)`.
+
+    Triton decides at decoration time whether a function is interpreted. This wraps one that is not, in the same
+    process: the functions that it calls, Triton's own and those of other modules, come along, and what was patched
+    is restored after each launch, so that the same kernel can still be compiled.
+
+    Tensors may be on any device whose storages copy to the CPU and back. Launch options (`num_warps`, `num_stages`,
+    `enable_fp_fusion`, ...) are accepted and have no meaning here.
+    """
+
+    def __init__(self, kernel: Any):
+        self.function = _jit_function(kernel)
+        if self.function is None:
+            raise InvalidInputError(f"{kernel!r} is not a @triton.jit function")
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """The launcher of one grid: a tuple of up to three sizes, or a function of the arguments that gives it."""
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            from triton.runtime.interpreter import InterpretedFunction
+
+            with _interpreter_scope():
+                InterpretedFunction(self.function.fn).run(*args, grid=grid, warmup=False, **kwargs)
+
+        return launch
+
+
+@contextlib.contextmanager
+def _interpreter_scope() -> Iterator[None]:
+    """Triton's language as the interpreter wants it, for one launch."""
+    import numpy as np
+    import triton.language as tl
+    from triton import knobs
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # A call of another @triton.jit function inside a kernel. InterpretedFunction.__call__ would patch the
+        # language once more and never restore it.
+        kwargs.pop("_semantic", None)
+        return interpreter.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+
+    def dot(builder: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        # numpy has no bfloat16: the interpreter holds its bits in uint16 and would multiply those.
+        return original_dot(builder, _widened(a), _widened(b), d, *rest)
+
+    def _widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        wide = (operand.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    original_call, original_dot = JITFunction.__call__, interpreter.InterpreterBuilder.create_dot
+    with _interpreting, np.errstate(all="ignore"), knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        scope = interpreter._patch_lang(everywhere)
+        JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = call, dot
+        try:
+            yield
+        finally:
+            JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = original_call, original_dot
+            scope.restore()

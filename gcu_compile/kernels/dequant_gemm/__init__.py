@@ -3,16 +3,11 @@ mixtures of experts, and `gcu::quantize_per_token`. Meanings: `eager.py`; weight
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import check, eager
-
-
-def _fake(x) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor)
+from gcu_compile.kernels.host import dequant_gemm as host
 
 
 def _dequant_gemm(x, *args, **kwargs):
@@ -25,27 +20,13 @@ def _int8_gemm(x, *args, **kwargs):
     return eager.int8_gemm(x, *args, **kwargs)
 
 
-def check_grouped(one, op, x, offsets, weight, scales, *args, **kwargs) -> None:
-    """The checks of a grouped form; offsets have values only on real tensors."""
-    experts = scales.shape[:1]
-    if not _fake(x):
-        check.offsets(op, x, offsets, *experts)
-    one(x, weight, scales, *args, **kwargs, experts=tuple(experts), op=op)
-
-
 def _dequant_gemm_grouped(x, offsets, *args, **kwargs):
-    check_grouped(check.dequant_gemm, "dequant_gemm_grouped", x, offsets, *args, **kwargs)
+    check.grouped(check.dequant_gemm, "dequant_gemm_grouped", x, offsets, *args, **kwargs)
     return eager.dequant_gemm_grouped(x, offsets, *args, **kwargs)
 
 
-def check_int8_grouped(x, offsets, weight, scales, x_scales=None, bias=None, **kwargs) -> None:
-    """The checks of `int8_gemm_grouped`."""
-    one = functools.partial(check.int8_gemm, x_scales=x_scales, bias=bias)
-    check_grouped(one, "int8_gemm_grouped", x, offsets, weight, scales, **kwargs)
-
-
 def _int8_gemm_grouped(x, *args, **kwargs):
-    check_int8_grouped(x, *args, **kwargs)
+    check.int8_grouped(x, *args, **kwargs)
     return eager.int8_gemm_grouped(x, *args, **kwargs)
 
 
@@ -84,6 +65,7 @@ DEQUANT_GEMM = registry.register(
         eager=_dequant_gemm,
         fake=_linear_fake,
         accumulation=_inputs,
+        implementations=(registry.Implementation("host_cpp", ("cpu",), host.run, host.refuses),),
     )
 )
 INT8_GEMM = registry.register(
@@ -104,6 +86,7 @@ DEQUANT_GEMM_GROUPED = registry.register(
         eager=_dequant_gemm_grouped,
         fake=_grouped_fake,
         accumulation=_inputs,
+        implementations=(registry.Implementation("host_cpp", ("cpu",), host.run_grouped, host.refuses_grouped),),
     )
 )
 INT8_GEMM_GROUPED = registry.register(

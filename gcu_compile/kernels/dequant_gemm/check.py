@@ -88,6 +88,26 @@ def offsets(op: str, x: torch.Tensor, given: torch.Tensor, experts: int) -> None
         raise InvalidInputError(f"gcu::{op}: offsets {cuts} do not cut {x.shape[0]} rows")
 
 
+def group_indices(g_idx: torch.Tensor, groups: int) -> torch.Tensor:
+    """`g_idx`, after its values were found to name groups that exist."""
+    if g_idx.numel() and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+        raise InvalidInputError(f"gcu::dequant_gemm: g_idx leaves the {groups} groups")
+    return g_idx
+
+
+def grouped(one, op: str, x, offsets_, weight, scales, *args, **kwargs) -> None:
+    """The checks `one` of a grouped form; offsets have values only on real tensors."""
+    experts = tuple(scales.shape[:1])
+    if not isinstance(x, torch._subclasses.FakeTensor):
+        offsets(op, x, offsets_, *experts)
+    one(x, weight, scales, *args, **kwargs, experts=experts, op=op)
+
+
+def int8_grouped(x, offsets_, weight, scales, x_scales=None, bias=None, **kwargs) -> None:
+    """The checks of `int8_gemm_grouped`."""
+    grouped(int8_gemm, "int8_gemm_grouped", x, offsets_, weight, scales, x_scales=x_scales, bias=bias, **kwargs)
+
+
 def quantize(x: torch.Tensor, group_size: int) -> None:
     """Raise unless `group_size` divides the rows of x."""
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -1,7 +1,7 @@
 """Builds a C++ kernel at first use and keeps the library in the cache.
 
 The same source is compiled for the instruction set of this machine; nothing in it is written for one, so the
-portable build runs everywhere and gives the same results. A library is written aside, then renamed.
+portable build runs everywhere and gives the same results.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from gcu_compile.cxx import compile_library as _compile
+from gcu_compile.cxx import find_compiler, version, writable
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.options import resolve
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 # Option host_isa -> what the compiler is told (psABI levels of x86-64).
 ISA_FLAGS = {
     "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -53,6 +51,13 @@ def host_isa() -> str:
     return asked
 
 
+def isa_flags(isa: str) -> tuple[str, ...]:
+    """What the compiler is told for `isa`: its level, and of the extensions beyond it those that this CPU has."""
+    has = {"-mavx512vnni": torch.cpu._is_vnni_supported, "-mavx512bf16": torch.cpu._is_avx512_bf16_supported}
+    extensions = (flag for flag, supported in has.items() if supported()) if isa in ("avx512", "amx") else ()
+    return (*ISA_FLAGS[isa], *extensions)
+
+
 def load(name: str) -> ctypes.CDLL:
     """The library of `<name>.cpp`, built if the cache has none for this source, compiler and instruction set.
 
@@ -65,12 +70,11 @@ def load(name: str) -> ctypes.CDLL:
 @functools.cache
 def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
     source = HERE / f"{name}.cpp"
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise KernelBuildError("no C++ compiler: install g++, or name one in the variable CXX")
-    flags = (*FLAGS, *(ISA_FLAGS[isa] if platform.machine() in ("x86_64", "AMD64") else ()))
-    key = hashlib.sha256(source.read_bytes() + repr((flags, _version(compiler))).encode()).hexdigest()[:20]
-    library = _writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
+    compiler = find_compiler()
+    flags = (*FLAGS, *(isa_flags(isa) if platform.machine() in ("x86_64", "AMD64") else ()))
+    texts = b"".join(path.read_bytes() for path in (source, *sorted(HERE.glob("*.h"))))
+    key = hashlib.sha256(texts + repr((flags, version(compiler))).encode()).hexdigest()[:20]
+    library = writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
     if library.exists():
         try:
             return ctypes.CDLL(str(library))
@@ -78,35 +82,3 @@ def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
             log.warning("%s is damaged (%s); it is built again", library, error)
     _compile(compiler, flags, source, library)
     return ctypes.CDLL(str(library))
-
-
-@functools.cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-
-
-def _writable(folder: Path) -> Path:
-    """`folder`, or one for this process alone where that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        log.warning("Cache folder %s cannot be written (%s); kernels are built for this process only", folder, error)
-        return _own_folder()
-
-
-@functools.cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="gcu_compile_"))
-
-
-def _compile(compiler: str, flags: tuple[str, ...], source: Path, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as aside:
-        new = Path(aside) / library.name
-        words = [compiler, *flags, str(source), "-o", str(new)]
-        result = subprocess.run(words, capture_output=True, text=True)
-        if result.returncode:
-            reason = "\n".join(result.stderr.strip().splitlines()[:5])
-            raise KernelBuildError(f"{' '.join(words[:-2])} failed: {reason}")
-        new.replace(library)

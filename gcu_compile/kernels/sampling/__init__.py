@@ -8,6 +8,7 @@ from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import sample as host
 from gcu_compile.kernels.sampling import eager
+from gcu_compile.kernels.triton import sample as triton
 
 SETTINGS = (
     "temperature",
@@ -72,6 +73,11 @@ def _run(logits, **settings):
     return host.run(logits, **settings)
 
 
+def _run_triton(logits, **settings):
+    check(logits, **settings)
+    return triton.run(logits, **settings)
+
+
 def _eager(logits, **settings):
     if not isinstance(logits, torch._subclasses.FakeTensor):  # a fake tensor has no values to check
         check(logits, **settings)
@@ -86,6 +92,9 @@ SAMPLE = registry.register(
         + ") -> Tensor",
         eager=_named(_eager),
         fake=lambda logits, *args, **kwargs: logits.new_empty(logits.shape[:1], dtype=torch.int64),
-        implementations=(registry.Implementation("host_cpp", ("cpu",), _named(_run), _named(host.refuses)),),
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), _named(_run), _named(host.refuses)),
+            registry.Implementation("triton", ("cuda", "gcu"), _named(_run_triton), _named(triton.refuses)),
+        ),
     )
 )

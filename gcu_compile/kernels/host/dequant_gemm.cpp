@@ -1,0 +1,342 @@
+// Linear layer of 4- and 8-bit weights: y = x @ ((code - zero) * scale).T + bias. See dequant_gemm/eager.py.
+//
+// Weights are tiles of 64 outputs: [N / 64][K / codes per word][64] words of 32 bits, so that a vector of words holds
+// the same inputs k of neighbouring outputs and a thread reads its tiles front to back.
+//
+//   up to 4 rows:  codes go from memory to registers to fma; the read is the cost
+//   more rows:     a block of inputs is unpacked once into L1/L2, then a register-tiled product runs over all rows
+//
+// Codes are small integers, exact in bf16. So bf16 activations are multiplied as they are (vdpbf16ps: exact products,
+// float32 sums) and a group's scale and zero are applied to its float32 sum:
+//   sum_k x (code - zero) scale = scale * (sum_k x (code - mid) - (zero - mid) * sum_k x)
+// Groups that cut words, and act-order, are dequantised input by input into float32 instead.
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "simd.h"
+
+// Field order is that of `Arguments` in host/dequant_gemm.py.
+struct Arguments {
+  const void* x;          // [m, k], rows `x_stride` elements apart
+  const int32_t* weight;  // tiles
+  const void *scales, *zeros;  // [groups, n]; zeros in the codes' range, or null
+  const int32_t* g_idx;        // [k], or null
+  const void* bias;            // [n], or null
+  void* y;                     // [m, n], dtype of x
+  int64_t m, k, n, groups, x_stride;
+  int32_t x_dtype, scales_dtype, zeros_dtype, bias_dtype, bits, threads;
+};
+
+namespace {
+
+constexpr int TILE = 64;       // outputs
+constexpr int BLOCK = 512;     // inputs unpacked at a time
+constexpr int ROWS = 192;      // rows of x that share one unpacking
+constexpr int DIRECT_ROWS = 4;
+#if defined(__AVX512F__)
+constexpr int NV = 4, MR = 6;  // vectors x rows of a register tile: 24 sums, 4 weights, 1 activation of 32 registers
+#elif defined(__AVX2__)
+constexpr int NV = 2, MR = 6;
+#else
+constexpr int NV = 2, MR = 4;
+#endif
+constexpr int SUB = NV * LANES;  // outputs of a register tile
+
+template <int BITS>
+constexpr int PER_WORD = 32 / BITS;
+template <int BITS>
+constexpr float MIDPOINT = BITS == 4 ? 8 : 0;  // of host_int4 (0..15) and host_int8 (two's complement)
+
+// Code number i of every word, as a float minus the midpoint.
+template <int BITS>
+inline vf unpacked(vi words, int i) {
+  if constexpr (BITS == 4) {
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vf)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, 4 * i), table);  // looks at 4 bits only
+#else
+    return to_float((words >> (4 * i)) & 15) - 8.0f;
+#endif
+  } else {
+    return to_float((words << (24 - 8 * i)) >> 24);
+  }
+}
+
+// Products in float32; a lane of x is one activation, k in order.
+struct Float {
+  static constexpr int PER_LANE = 1;
+  template <int BITS>
+  static vf weights(vi words, int step) { return unpacked<BITS>(words, step); }
+  static vf add(vf sum, vf w, int32_t x) { return fma(w, splat(std::bit_cast<float>(x)), sum); }
+  template <int BITS>
+  static int input(int step, int) { return step; }
+};
+
+#if defined(__AVX512BF16__)
+// Products of bf16 pairs. A 16-bit half of a word of 4-bit codes holds the inputs k .. k + 3 or k + 4 .. k + 7, so a
+// pair is (i, i + 4); x is laid out alike.
+struct Pairs {
+  static constexpr int PER_LANE = 2;
+  template <int BITS>
+  static vf weights(vi words, int step) {
+    if constexpr (BITS == 4) {
+      // bf16 of -8 .. 7, twice: the permutation looks at 5 bits, and the fifth belongs to the next code.
+      const __m512i half = _mm512_castsi256_si512(_mm256_setr_epi16(
+          0xc100 - 65536, 0xc0e0 - 65536, 0xc0c0 - 65536, 0xc0a0 - 65536, 0xc080 - 65536, 0xc040 - 65536,
+          0xc000 - 65536, 0xbf80 - 65536, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+      const __m512i table = _mm512_shuffle_i64x2(half, half, 0x44);
+      return (vf)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words, 4 * step), table);
+    } else {
+      vi low = (vi)unpacked<8>(words, 2 * step), high = (vi)unpacked<8>(words, 2 * step + 1);
+      return (vf)(vi)((vu)low >> 16 | ((vu)high & 0xffff0000u));
+    }
+  }
+  static vf add(vf sum, vf w, int32_t x) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  }
+  template <int BITS>
+  static int input(int step, int half) { return BITS == 4 ? step + 4 * half : 2 * step + half; }
+};
+#endif
+
+template <class P, int BITS>
+class Product {
+  static constexpr int STEPS = PER_WORD<BITS> / P::PER_LANE;  // lanes of x per word
+
+ public:
+  Product(const Arguments& in, bool apart)
+      : in_(in), apart_(apart), words_((in.k + PER_WORD<BITS> - 1) / PER_WORD<BITS>), lanes_(words_ * STEPS),
+        group_(apart ? words_ : (in.k / in.groups + PER_WORD<BITS> - 1) / PER_WORD<BITS>),
+        spans_(apart ? 0 : in.zeros ? in.groups : 0), x_(new int32_t[in.m * lanes_]), sums_(in.m * spans_) {}
+
+  void run() {
+    int64_t tiles = (in_.n + TILE - 1) / TILE;
+    int64_t chunks = (in_.m + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(in_.threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < in_.m; ++row) lay_out(row);
+      std::vector<int32_t> block;
+      std::vector<float> c;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < tiles * chunks; ++task) {
+        int64_t tile = task % tiles, first = task / tiles * ROWS;
+        int rows = int(std::min<int64_t>(ROWS, in_.m - first));
+        c.assign(rows * TILE, 0.0f);
+        if (!apart_ && rows <= DIRECT_ROWS)
+          direct(tile, first, rows, c.data());
+        else
+          blocked(tile, first, rows, c.data(), block);
+        finish(tile, first, rows, c.data());
+      }
+    }
+  }
+
+ private:
+  // Row of x as lanes, and its sum over each group (for zeros).
+  void lay_out(int64_t row) {
+    float values[8];
+    int32_t* out = &x_[row * lanes_];
+    float* sums = spans_ ? &sums_[row * spans_] : nullptr;
+    for (int64_t word = 0; word < words_; ++word) {
+      int64_t k = word * PER_WORD<BITS>;
+      int count = int(std::min<int64_t>(PER_WORD<BITS>, in_.k - k));
+      to_floats(in_.x, in_.x_dtype, row * in_.x_stride + k, count, values);
+      std::fill(values + count, values + 8, 0.0f);
+      if (sums) {
+        float sum = 0;
+        for (int i = 0; i < PER_WORD<BITS>; ++i) sum += values[i];
+        sums[word / group_] += sum;
+      }
+      for (int step = 0; step < STEPS; ++step) {
+        uint32_t first = std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 0)]);
+        if constexpr (P::PER_LANE == 2)  // both are bf16: their upper halves are all of them
+          first = first >> 16 | (std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 1)]) & 0xffff0000u);
+        out[word * STEPS + step] = int32_t(first);
+      }
+    }
+  }
+
+  const int32_t* words(int64_t tile, int64_t word) const { return in_.weight + (tile * words_ + word) * TILE; }
+
+  // One row of scales or zeros for the outputs of a tile; zero beyond n.
+  void row_of(const void* p, int32_t dtype, int64_t group, int64_t tile, float* out) const {
+    int count = int(std::min<int64_t>(TILE, in_.n - tile * TILE));
+    std::fill(out + count, out + TILE, 0.0f);
+    if (count == TILE)  // a count that the compiler knows makes vectors of it
+      to_floats(p, dtype, group * in_.n + tile * TILE, TILE, out);
+    else
+      to_floats(p, dtype, group * in_.n + tile * TILE, count, out);
+  }
+
+  // scale and scale * (zero - midpoint) of a group.
+  void factors(int64_t tile, int64_t group, float* scale, float* shift) const {
+    row_of(in_.scales, in_.scales_dtype, group, tile, scale);
+    if (!spans_) return;
+    row_of(in_.zeros, in_.zeros_dtype, group, tile, shift);
+    for (int i = 0; i < TILE; ++i) shift[i] = (shift[i] - MIDPOINT<BITS>) * scale[i];
+  }
+
+  // c[r] += scale * sum - shift * (sum of x); no shift (null) without zeros, and after a group's first part.
+  template <int M>
+  void fold(vf (&sum)[M][NV], int at, int64_t first, int64_t group, const float* scale, const float* shift,
+            float* c) const {
+    for (int v = 0; v < NV; ++v) {
+      vf s = load<vf>(scale + at + v * LANES);
+      for (int r = 0; r < M; ++r) {
+        float* out = c + r * TILE + at + v * LANES;
+        vf y = fma(sum[r][v], s, load<vf>(out));
+        if (shift) y -= load<vf>(shift + at + v * LANES) * sums_[(first + r) * spans_ + group];
+        store(out, y);
+      }
+    }
+  }
+
+  void direct(int64_t tile, int64_t first, int rows, float* c) const {
+    switch (rows) {
+      case 1: return direct<1>(tile, first, c);
+      case 2: return direct<2>(tile, first, c);
+      case 3: return direct<3>(tile, first, c);
+      default: return direct<4>(tile, first, c);
+    }
+  }
+
+  template <int M>
+  void direct(int64_t tile, int64_t first, float* c) const {
+    constexpr int CHAINS = M == 1 ? 2 : 1;  // enough independent sums to cover the latency of one
+    alignas(64) float scale[TILE], shift[TILE];
+    for (int64_t begin = 0, group = 0; begin < words_; begin += group_, ++group) {
+      factors(tile, group, scale, shift);
+      int64_t end = std::min(words_, begin + group_);
+      for (int at = 0; at < TILE; at += SUB) {
+        vf sum[CHAINS][M][NV] = {};
+        const int32_t* w = words(tile, begin) + at;
+        const int32_t* x = &x_[first * lanes_ + begin * STEPS];
+        for (int64_t word = begin; word < end; ++word, w += TILE, x += STEPS) {
+          vi packed[NV];
+          for (int v = 0; v < NV; ++v) packed[v] = load<vi>(w + v * LANES);
+#pragma GCC unroll 8
+          for (int step = 0; step < STEPS; ++step)
+            for (int v = 0; v < NV; ++v) {
+              vf value = P::template weights<BITS>(packed[v], step);
+              for (int r = 0; r < M; ++r) {
+                vf& s = sum[step % CHAINS][r][v];
+                s = P::add(s, value, x[r * lanes_ + step]);
+              }
+            }
+        }
+        if constexpr (CHAINS == 2)
+          for (int v = 0; v < NV; ++v) sum[0][0][v] += sum[1][0][v];
+        fold<M>(sum[0], at, first, group, scale, spans_ ? shift : nullptr, c);
+      }
+    }
+  }
+
+  void blocked(int64_t tile, int64_t first, int rows, float* c, std::vector<int32_t>& block) const {
+    int64_t most = BLOCK / PER_WORD<BITS>;
+    int64_t span = group_ >= most ? most : most / group_ * group_;  // whole groups, or a part of one
+    block.resize(span * STEPS * TILE);
+    alignas(64) float scale[TILE], shift[TILE];
+    for (int64_t begin = 0; begin < words_;) {
+      int64_t end = std::min(words_, begin + span);
+      if (group_ >= most) end = std::min(end, (begin / group_ + 1) * group_);
+      apart_ ? dequantise(tile, begin, end, block.data()) : unpack(tile, begin, end, block.data());
+      for (int64_t from = begin, to; from < end; from = to) {
+        int64_t group = from / group_;
+        to = std::min(end, (group + 1) * group_);
+        if (apart_)
+          std::fill(scale, scale + TILE, 1.0f);
+        else
+          factors(tile, group, scale, shift);
+        const int32_t* w = block.data() + (from - begin) * STEPS * TILE;
+        for (int at = 0; at < TILE; at += SUB)
+          for (int r = 0; r < rows; r += MR)
+            some(std::min(MR, rows - r), w + at, (to - from) * STEPS, from * STEPS, first + r, at, group, scale,
+                 spans_ && from % group_ == 0 ? shift : nullptr, c + r * TILE);
+      }
+      begin = end;
+    }
+  }
+
+  void unpack(int64_t tile, int64_t begin, int64_t end, int32_t* out) const {
+    for (int64_t word = begin; word < end; ++word, out += STEPS * TILE)
+      for (int at = 0; at < TILE; at += LANES) {
+        vi packed = load<vi>(words(tile, word) + at);
+#pragma GCC unroll 8
+        for (int step = 0; step < STEPS; ++step)
+          store(out + step * TILE + at, P::template weights<BITS>(packed, step));
+      }
+  }
+
+  // The same with every input's own zero and scale applied.
+  void dequantise(int64_t tile, int64_t begin, int64_t end, int32_t* out) const {
+    alignas(64) float scale[TILE] = {}, zero[TILE] = {};
+    int64_t size = in_.k / in_.groups, last = -1;
+    for (int64_t word = begin; word < end; ++word)
+      for (int i = 0; i < PER_WORD<BITS>; ++i, out += TILE) {
+        int64_t k = std::min(word * PER_WORD<BITS> + i, in_.k - 1), group = in_.g_idx ? in_.g_idx[k] : k / size;
+        if (group != last) {
+          row_of(in_.scales, in_.scales_dtype, group, tile, scale);
+          if (in_.zeros) {
+            row_of(in_.zeros, in_.zeros_dtype, group, tile, zero);
+            for (float& z : zero) z -= MIDPOINT<BITS>;
+          }
+          last = group;
+        }
+        for (int at = 0; at < TILE; at += LANES) {
+          vf code = unpacked<BITS>(load<vi>(words(tile, word) + at), i);
+          store(out + at, (code - load<vf>(zero + at)) * load<vf>(scale + at));
+        }
+      }
+  }
+
+  template <int M = MR>
+  void some(int rows, const int32_t* w, int64_t steps, int64_t lane, int64_t first, int at, int64_t group,
+            const float* scale, const float* shift, float* c) const {
+    if constexpr (M > 1)
+      if (rows < M) return some<M - 1>(rows, w, steps, lane, first, at, group, scale, shift, c);
+    vf sum[M][NV] = {};
+    const int32_t* x = &x_[first * lanes_ + lane];
+    for (int64_t step = 0; step < steps; ++step, w += TILE) {
+      vf value[NV];
+      for (int v = 0; v < NV; ++v) value[v] = load<vf>(w + v * LANES);
+      for (int r = 0; r < M; ++r)
+        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * lanes_ + step]);
+    }
+    fold<M>(sum, at, first, group, scale, shift, c);
+  }
+
+  void finish(int64_t tile, int64_t first, int rows, float* c) const {
+    int count = int(std::min<int64_t>(TILE, in_.n - tile * TILE));
+    float bias[TILE] = {};
+    if (in_.bias) to_floats(in_.bias, in_.bias_dtype, tile * TILE, count, bias);
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < count; ++i) c[r * TILE + i] += bias[i];
+      from_floats(c + r * TILE, count, in_.y, in_.x_dtype, (first + r) * in_.n + tile * TILE);
+    }
+  }
+
+  const Arguments& in_;
+  bool apart_;              // dequantised input by input
+  int64_t words_, lanes_;   // of a row of inputs
+  int64_t group_, spans_;   // words of a group; groups whose sum of x is needed
+  std::unique_ptr<int32_t[]> x_;  // [m, lanes]
+  std::vector<float> sums_;  // [m, spans]
+};
+
+template <int BITS>
+void product(const Arguments& in) {
+  bool apart = in.g_idx || (in.groups > 1 && in.k / in.groups % PER_WORD<BITS>);
+#if defined(__AVX512BF16__)
+  // With 8 bits and few rows the plain product does less work per code.
+  if (in.x_dtype == BF16 && !apart && (BITS == 4 || in.m > DIRECT_ROWS)) return Product<Pairs, BITS>(in, apart).run();
+#endif
+  Product<Float, BITS>(in, apart).run();
+}
+
+}  // namespace
+
+extern "C" void gcu_dequant_gemm(const Arguments* in) { in->bits == 4 ? product<4>(*in) : product<8>(*in); }

@@ -1,0 +1,115 @@
+"""Calls `dequant_gemm.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from gcu_compile.errors import KernelBuildError
+from gcu_compile.kernels.dequant_gemm import check
+from gcu_compile.kernels.host import build
+
+LAYOUTS = {"host_int4": 4, "host_int8": 8}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {**FLOATS, torch.int8: 3, torch.uint8: 4, torch.int16: 5, torch.int32: 6}
+NONE = -1
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of dequant_gemm.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "zeros", "g_idx", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("m", "k", "n", "groups", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "scales_dtype", "zeros_dtype", "bias_dtype")),
+        *((name, ctypes.c_int32) for name in ("bits", "threads")),
+    )
+
+
+def refuses(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> str | None:
+    """Why the C++ kernel cannot take these arguments, or None."""
+    if layout not in LAYOUTS:
+        return f"layout {layout} is not one of {', '.join(LAYOUTS)} (repack the weight once, `layouts.repack`)"
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}, not one of {', '.join(map(str, FLOATS))}"
+    for name, tensor in (("scales", scales), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            return f"{name} are {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
+    try:
+        build.load("dequant_gemm")
+    except KernelBuildError as error:
+        return str(error)
+    return None
+
+
+def whole(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """`tensor` as a contiguous one of `shape` and a dtype that the kernel reads."""
+    if tensor is None:
+        return None
+    tensor = tensor if tensor.dtype in DTYPES else tensor.to(torch.float32)
+    return tensor.expand(shape).contiguous()
+
+
+def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:
+    """`gcu::dequant_gemm`; see `dequant_gemm/eager.py`."""
+    check.dequant_gemm(x, weight, scales, zeros, g_idx, bias, layout=layout)
+    groups, n = scales.shape
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    y = torch.empty(rows.shape[0], n, dtype=x.dtype)
+    # Converted tensors must live until the call is over.
+    weight, scales, zeros, bias = (
+        weight.contiguous(),
+        whole(scales, (groups, n)),
+        whole(zeros, (groups, n)),
+        whole(bias, (n,)),
+    )
+    g_idx = None if g_idx is None else check.group_indices(g_idx.to(torch.int32).contiguous(), groups)
+    if rows.shape[0]:
+        _call(rows, weight, scales, zeros, g_idx, bias, y, bits=LAYOUTS[layout])
+    return y.view(*x.shape[:-1], n)
+
+
+def _call(x, weight, scales, zeros, g_idx, bias, y, bits: int) -> None:
+    def pointer(tensor):
+        return None if tensor is None else tensor.data_ptr()
+
+    def dtype(tensor):
+        return NONE if tensor is None else DTYPES[tensor.dtype]
+
+    tensors = {"x": x, "weight": weight, "scales": scales, "zeros": zeros, "g_idx": g_idx, "bias": bias, "y": y}
+    arguments = Arguments(
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
+        m=x.shape[0],
+        k=x.shape[1],
+        n=y.shape[1],
+        groups=scales.shape[0],
+        x_stride=x.stride(0),
+        x_dtype=dtype(x),
+        scales_dtype=dtype(scales),
+        zeros_dtype=dtype(zeros),
+        bias_dtype=dtype(bias),
+        bits=bits,
+        threads=torch.get_num_threads(),
+    )
+    build.load("dequant_gemm").gcu_dequant_gemm(ctypes.byref(arguments))
+
+
+def run_grouped(x, offsets, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:
+    """`gcu::dequant_gemm_grouped`: one product per expert that has rows."""
+    arguments = (x, offsets, weight, scales, zeros, g_idx, bias)
+    check.grouped(check.dequant_gemm, "dequant_gemm_grouped", *arguments, layout=layout)
+    y = x.new_zeros(x.shape[0], scales.shape[-1])
+    cuts = offsets.tolist()
+    for expert, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        if last > first:
+            one = [None if tensor is None else tensor[expert] for tensor in (weight, scales, zeros, g_idx, bias)]
+            y[first:last] = run(x[first:last], *one, layout=layout)
+    return y
+
+
+def refuses_grouped(x, offsets, *args, layout: str) -> str | None:
+    """Why the C++ kernel cannot take these arguments, or None."""
+    return refuses(x, *args, layout=layout)

@@ -1,0 +1,109 @@
+"""A tile of one row of logits, adjusted as vLLM does: mask, bias, penalties. Device functions.
+
+The lists of a row are sorted by id, so that a running pointer serves the tiles in ascending order and each entry is
+loaded once per pass; entries are matched by comparison, never scattered.
+"""
+
+import triton
+import triton.language as tl
+
+MINUS_INFINITY = tl.constexpr(float("-inf"))
+ENTRIES = tl.constexpr(16)  # list entries compared with a tile at once
+
+
+@triton.jit
+def ordered(z):
+    """A float32 as an int32 that sorts the same; -0 and 0 are one number."""
+    bits = z.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -2147483648 - bits, bits)
+
+
+@triton.jit
+def unordered(key):
+    """The float32 of an `ordered` number."""
+    return tl.where(key < 0, -2147483648 - key, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _not_nan(z):
+    return tl.where(z == z, z, MINUS_INFINITY)
+
+
+@triton.jit
+def skip(ids_ptr, first, last, below):
+    """Index of the first entry of [first, last) whose id is at least `below`."""
+    at = first
+    more = at < last
+    while more:
+        entries = at + tl.arange(0, ENTRIES)
+        ids = tl.load(ids_ptr + at + tl.arange(0, ENTRIES), mask=entries < last, other=2147483647)
+        passed = tl.sum((ids < below).to(tl.int32), axis=0)
+        at += passed
+        more = passed == ENTRIES
+    return at
+
+
+@triton.jit
+def _biased(z, offsets, end, at, bias):
+    """The tile with its row's biases added, and the index of the next tile's first entry."""
+    last, ids_ptr, values_ptr = bias
+    more = at < last
+    while more:
+        entries = at + tl.arange(0, ENTRIES)
+        there = entries < last
+        ids = tl.load(ids_ptr + at + tl.arange(0, ENTRIES), mask=there, other=2147483647)
+        values = tl.load(values_ptr + at + tl.arange(0, ENTRIES), mask=there, other=0.0)
+        # A bias of -inf times "no match" would be NaN: select before summing.
+        hit = ids[:, None] == offsets[None, :]
+        z = z + tl.sum(tl.where(hit, values[:, None], 0.0), axis=0)
+        passed = tl.sum((ids < end).to(tl.int32), axis=0)
+        at += passed
+        more = passed == ENTRIES
+    return _not_nan(z), at
+
+
+@triton.jit
+def _penalised(z, offsets, end, at, history):
+    """The tile with its row's penalties, and the index of the next tile's first entry."""
+    last, ids_ptr, counts_ptr, repetition, frequency, presence = history
+    more = at < last
+    while more:
+        entries = at + tl.arange(0, ENTRIES)
+        there = entries < last
+        ids = tl.load(ids_ptr + at + tl.arange(0, ENTRIES), mask=there, other=2147483647)
+        counts = tl.load(counts_ptr + at + tl.arange(0, ENTRIES), mask=there, other=0)
+        hit = ids[:, None] == offsets[None, :]
+        seen = tl.max(hit.to(tl.int32), axis=0) > 0
+        count = tl.sum(tl.where(hit, counts[:, None], 0), axis=0).to(tl.float32)
+        value = tl.where(z > 0, tl.div_rn(z, repetition), z * repetition)
+        value = value - frequency * count
+        value = value - tl.where(count > 0, presence, 0.0)
+        z = tl.where(seen, value, z)
+        passed = tl.sum((ids < end).to(tl.int32), axis=0)
+        at += passed
+        more = passed == ENTRIES
+    return z, at
+
+
+@triton.jit
+def tile(row, at, start, vocab, BLOCK: tl.constexpr):
+    """Adjusted float32 logits of ids [start, start + BLOCK), -inf beyond the vocabulary; and the next tile's `at`.
+
+    Args:
+        row: of `row_of`.
+        at: indices of the tile's first bias and first history entry.
+    """
+    logits_ptr, forbidden_ptr, bias, history = row
+    bias_at, history_at = at
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < vocab
+    z = tl.load(logits_ptr + start + tl.arange(0, BLOCK), mask=inside, other=MINUS_INFINITY).to(tl.float32)
+    z = _not_nan(z)
+    if forbidden_ptr is not None:
+        forbidden = tl.load(forbidden_ptr + start + tl.arange(0, BLOCK), mask=inside, other=0)
+        z = tl.where(forbidden != 0, MINUS_INFINITY, z)
+    if bias is not None:
+        z, bias_at = _biased(z, offsets, start + BLOCK, bias_at, bias)
+    if history is not None:
+        z, history_at = _penalised(z, offsets, start + BLOCK, history_at, history)
+    return z, (bias_at, history_at)

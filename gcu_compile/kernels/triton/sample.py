@@ -1,0 +1,83 @@
+"""Calls `sample_kernel.py`."""
+
+from __future__ import annotations
+
+import torch
+
+from gcu_compile.kernels.triton.configs import configs
+from gcu_compile.kernels.triton.launch import launch, missing, target_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PER_ROW = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+ROWS = 65535  # programs in a grid
+
+
+def refuses(logits: torch.Tensor, **settings) -> str | None:
+    """Why the Triton kernel cannot take these arguments, or None."""
+    if logits.dtype not in FLOATS:
+        return f"logits are {logits.dtype}, not one of {', '.join(map(str, FLOATS))}"
+    if logits.stride(-1) != 1:
+        return "a row of logits is not contiguous"
+    if logits.shape[0] > ROWS:
+        return f"{logits.shape[0]} rows; a grid has {ROWS} programs"
+    if logits.shape[0] * max(logits.stride(0), logits.shape[1]) >= 2**31:
+        return "offsets of the logits do not fit 32 bits"
+    return missing()
+
+
+def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> torch.Tensor:
+    """`gcu::sample`; see `sampling/eager.py`.
+
+    Args:
+        kept: [rows, vocab] int8, written with the kept set; for tests.
+    """
+    from gcu_compile.kernels.triton.sample_kernel import sample_kernel
+
+    rows, vocab = logits.shape
+    config = configs("sample", target_of(logits))[0]
+    ids = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    if not rows:
+        return ids.long()
+
+    def given(name, dtype):
+        value = settings.get(name)
+        return None if value is None else value.to(device=logits.device, dtype=dtype).contiguous()
+
+    def words(name):
+        """[rows] int64 as [rows, 2] int32, low word first: no arithmetic on 64 bits."""
+        return settings[name].to(torch.int64).contiguous().view(torch.int32).to(logits.device)
+
+    forbidden = given("forbidden", torch.bool)
+    lists = []
+    for kind, values, dtype in (("bias", "bias_values", torch.float32), ("history", "history_counts", torch.int32)):
+        some = settings.get(f"{kind}_ids")
+        absent = some is None or len(some) == 0
+        names = ((f"{kind}_offsets", torch.int32), (f"{kind}_ids", torch.int32), (values, dtype))
+        lists += [None if absent else given(name, kind) for name, kind in names]
+    per_row = {name: given(name, torch.float32) for name in PER_ROW}
+    launch(
+        sample_kernel,
+        (rows,),
+        config,
+        ids,
+        kept,
+        logits,
+        words("seeds"),
+        words("positions"),
+        per_row["temperature"],
+        given("top_k", torch.int32),
+        per_row["top_p"],
+        per_row["min_p"],
+        None if forbidden is None else forbidden.view(torch.int8),
+        *lists,
+        per_row["repetition"],
+        per_row["frequency"],
+        per_row["presence"],
+        logits.stride(0),
+        vocab,
+        exact=True,
+        BLOCK=config.tile["BLOCK"],
+        PIVOTS=config.tile["PIVOTS"],
+        HALVES=config.tile["BLOCK"].bit_length() - 1,
+    )
+    return ids.long()

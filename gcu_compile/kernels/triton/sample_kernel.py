@@ -1,0 +1,245 @@
+"""One row of logits -> one token id, without a sort, a scan over the vocabulary or a 64-bit value.
+
+    maximum (and, for a greedy row, its first id)
+    -> threshold of top-k, then of top-p: each pass over the row counts, or weighs, from 16 pivots on at once, and
+       shrinks the interval between the last pivot that reaches the goal and the first that does not
+    -> how many of the tokens that equal the threshold are kept, by ascending id
+    -> one uniform number walks the tiles' weights, then the ids of one tile by halves
+
+The meaning is `sampling/eager.py`. Weights have an error of about 2**-45 (`double_single.exp`) and are summed without
+any (`masses.py`). So the kept set is that of float64 unless a goal lies within 2**-43 of a sum of weights, where
+float64's own cumulative sum over a vocabulary is off by as much; there, one token more or less may be kept.
+"""
+
+import triton
+import triton.language as tl
+
+from gcu_compile.kernels.triton import double_single as ds
+from gcu_compile.kernels.triton import logits, masses, philox, thresholds
+
+LOWEST = thresholds.LOWEST
+INT_MAX = thresholds.INT_MAX
+INT_MIN = thresholds.INT_MIN
+GREEDY = tl.constexpr(1e-5)  # temperatures below are greedy, as in eager.py
+
+
+@triton.jit
+def _largest(row, at, vocab, BLOCK: tl.constexpr):
+    """The largest key, its first id, and the smallest key above -inf."""
+    top, top_id, bottom = vocab * 0 + INT_MIN, vocab * 0, vocab * 0 + INT_MAX
+    for start in range(0, vocab, BLOCK):
+        z, at = logits.tile(row, at, start, vocab, BLOCK)
+        key = logits.ordered(z)
+        largest = tl.max(key, axis=0)
+        first = tl.min(tl.where(key == largest, start + tl.arange(0, BLOCK), INT_MAX), axis=0)
+        top_id = tl.where(largest > top, first, top_id)
+        top = tl.where(largest > top, largest, top)
+        smallest = tl.min(tl.where(key >= LOWEST, key, INT_MAX), axis=0)
+        bottom = tl.where(smallest < bottom, smallest, bottom)
+    return top, top_id, bottom
+
+
+@triton.jit
+def _mass_of(row, at, vocab, threshold, ties, scale, BLOCK: tl.constexpr):
+    """Mass of the kept set as a pair."""
+    maximum, inv0, inv1, inv2 = scale
+    m, equal = vocab * 0, vocab * 0
+    a0, a1, a2, a3 = m, m, m, m
+    for start in range(0, vocab, BLOCK):
+        z, at = logits.tile(row, at, start, vocab, BLOCK)
+        key = logits.ordered(z)
+        hi, lo = masses.weight(z, maximum, inv0, inv1, inv2)
+        w0, w1, w2, w3 = masses.limbs(hi, lo)
+        t, t0, t1, t2, t3 = masses.tile_sum(w0, w1, w2, w3, key > threshold, 0)
+        m, a0, a1, a2, a3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
+        equal += tl.sum((key == threshold).to(tl.int32), axis=0)
+    kept = tl.where(ties < equal, ties, equal)
+    hi, lo = masses.value(m, a0, a1, a2, a3)
+    w_h, w_l = thresholds.weight_of(threshold, scale)
+    w_h, w_l = ds.multiply(w_h, w_l, kept.to(tl.float32), 0.0)
+    return ds.add(hi, lo, w_h, w_l)
+
+
+@triton.jit
+def _draw(row, at, vocab, threshold, ties, goal_h, goal_l, kept_ptr, scale, BLOCK: tl.constexpr, HALVES: tl.constexpr):
+    """The first kept id at which the sum of weights, by ascending id, exceeds the goal."""
+    maximum, inv0, inv1, inv2 = scale
+    m, drawn, start = vocab * 0, vocab * 0 - 1, vocab * 0
+    a0, a1, a2, a3 = m, m, m, m
+    place = tl.arange(0, BLOCK)
+    while (start < vocab) & ((drawn < 0) | (kept_ptr is not None)):
+        z, at = logits.tile(row, at, start, vocab, BLOCK)
+        key = logits.ordered(z)
+        tie = key == threshold
+        equal = tl.sum(tie.to(tl.int32), axis=0)
+        cut = vocab * 0 + BLOCK  # ties at places below are kept
+        if equal > ties:
+            cut = vocab * 0
+            # The longest prefix with at most `ties` of them.
+            for halving in tl.static_range(HALVES):
+                step = BLOCK >> (halving + 1)
+                before = tl.sum((tie & (place < cut + step)).to(tl.int32), axis=0)
+                cut = tl.where(before <= ties, cut + step, cut)
+        kept = (key > threshold) | (tie & (place < cut))
+        ties = tl.where(equal > ties, 0, ties - equal)
+        if kept_ptr is not None:
+            tl.store(kept_ptr + start + tl.arange(0, BLOCK), kept.to(tl.int8), mask=start + place < vocab)
+        if (tl.max(kept.to(tl.int32), axis=0) > 0) & (drawn < 0):
+            hi, lo = masses.weight(z, maximum, inv0, inv1, inv2)
+            w0, w1, w2, w3 = masses.limbs(hi, lo)
+            t, t0, t1, t2, t3 = masses.tile_sum(w0, w1, w2, w3, kept, 0)
+            n, b0, b1, b2, b3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
+            hi, lo = masses.value(n, b0, b1, b2, b3)
+            if ds.at_least(goal_h, goal_l, hi, lo) == 0:
+                below = vocab * 0  # the longest prefix that does not exceed the goal
+                for halving in tl.static_range(HALVES):
+                    step = BLOCK >> (halving + 1)
+                    t, t0, t1, t2, t3 = masses.tile_sum(w0, w1, w2, w3, kept & (place < below + step), 0)
+                    t, t0, t1, t2, t3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
+                    hi, lo = masses.value(t, t0, t1, t2, t3)
+                    below = tl.where(ds.at_least(goal_h, goal_l, hi, lo), below + step, below)
+                drawn = start + below
+            m, a0, a1, a2, a3 = n, b0, b1, b2, b3
+        start += BLOCK
+    return drawn
+
+
+@triton.jit
+def sample_kernel(
+    ids_ptr,
+    kept_ptr,
+    logits_ptr,
+    seeds_ptr,
+    positions_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    forbidden_ptr,
+    bias_offsets_ptr,
+    bias_ids,
+    bias_values,
+    history_offsets_ptr,
+    history_ids,
+    history_counts,
+    repetition_ptr,
+    frequency_ptr,
+    presence_ptr,
+    stride,
+    vocab,
+    BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """One program per row.
+
+    ids: [rows] int32, written. kept: [rows, vocab] int8, written with the kept set; None but in tests. logits:
+    [rows, vocab] float, `stride` elements from row to row. seeds, positions: [rows, 2] int32, low and high words.
+    temperature, top_p, min_p, repetition, frequency, presence: [rows] float32. top_k: [rows] int32. forbidden:
+    [rows, vocab] int8. Offsets: [rows + 1] int32. Settings may be None. BLOCK = 2**HALVES.
+    """
+    index = tl.program_id(0)
+    logits_ptr += index * stride
+    forbidden, bias, history = None, None, None
+    bias_at, history_at = 0, 0
+    if forbidden_ptr is not None:
+        forbidden = forbidden_ptr + index * vocab
+    if bias_ids is not None:
+        bias_at = tl.load(bias_offsets_ptr + index)
+        bias = (tl.load(bias_offsets_ptr + index + 1), bias_ids, bias_values)
+    if history_ids is not None:
+        history_at = tl.load(history_offsets_ptr + index)
+        history = (
+            tl.load(history_offsets_ptr + index + 1),
+            history_ids,
+            history_counts,
+            tl.load(repetition_ptr + index),
+            tl.load(frequency_ptr + index),
+            tl.load(presence_ptr + index),
+        )
+    kept_row = None
+    if kept_ptr is not None:
+        kept_row = kept_ptr + index * vocab
+    row, at = (logits_ptr, forbidden, bias, history), (bias_at, history_at)
+
+    top, top_id, bottom = _largest(row, at, vocab, BLOCK)
+    temperature = 0.0
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + index)
+    if (top < LOWEST) | (temperature < GREEDY):
+        # Nothing left: id 0. Greedy: the first of the largest.
+        tl.store(ids_ptr + index, tl.where(top < LOWEST, 0, top_id))
+        if kept_row is not None:
+            for start in range(0, vocab, BLOCK):
+                ids = start + tl.arange(0, BLOCK)
+                only = ((ids == top_id) & (top >= LOWEST)).to(tl.int8)
+                tl.store(kept_row + start + tl.arange(0, BLOCK), only, mask=ids < vocab)
+    else:
+        maximum = logits.unordered(top)
+        inv0, inv1, inv2 = ds.inverse(temperature)
+        scale = (maximum, inv0, inv1, inv2)
+        # Kept so far: keys above `threshold`, and of those that equal it the first `ties` by id.
+        threshold, ties, excess = bottom, vocab * 0 + INT_MAX, vocab * 0
+        if min_p_ptr is not None:
+            min_p = tl.load(min_p_ptr + index)
+            if min_p > 0.0:
+                least = thresholds.min_p(min_p, maximum, top, inv0, inv1, inv2, PIVOTS)
+                threshold = tl.where(least > bottom, least, bottom)
+        if top_k_ptr is not None:
+            k = tl.load(top_k_ptr + index)
+            if (k > 0) & (k < vocab):
+                threshold, ties, excess = thresholds.top_k(row, at, vocab, threshold, top, k, scale, BLOCK, PIVOTS)
+        p = 1.0
+        if top_p_ptr is not None:
+            p = tl.load(top_p_ptr + index)
+        if p < 1.0:
+            threshold, ties, hi, lo = thresholds.top_p(
+                row, at, vocab, threshold, ties, excess, top, p, scale, BLOCK, PIVOTS
+            )
+        else:
+            hi, lo = _mass_of(row, at, vocab, threshold, ties, scale, BLOCK)
+        seed, position = seeds_ptr + 2 * index, positions_ptr + 2 * index
+        uh, ul = philox.uniform(
+            tl.load(seed).to(tl.uint32, bitcast=True),
+            tl.load(seed + 1).to(tl.uint32, bitcast=True),
+            tl.load(position).to(tl.uint32, bitcast=True),
+            tl.load(position + 1).to(tl.uint32, bitcast=True),
+        )
+        goal_h, goal_l = ds.multiply(hi, lo, uh, ul)
+        # Rounding must not lift the goal to the whole mass.
+        below = lo - hi * 1.4210854715202004e-14
+        full = ds.at_least(goal_h, goal_l, hi, below)
+        goal_h, goal_l = tl.where(full, hi, goal_h), tl.where(full, below, goal_l)
+        tl.store(
+            ids_ptr + index, _draw(row, at, vocab, threshold, ties, goal_h, goal_l, kept_row, scale, BLOCK, HALVES)
+        )
+
+
+EXACT = True  # a * b + c must round twice
+
+
+def for_cuda(constexprs):
+    """The specimen's constexprs with the tile of a launch on an NVIDIA GPU."""
+    return constexprs | {"BLOCK": 1024, "HALVES": 10}
+
+
+def _specimens():
+    """Launches for `gcu-compile check`: everything asked for, and a plain draw."""
+    names = sample_kernel.arg_names
+    shared = {"ids_ptr": "*i32", "logits_ptr": "*bf16", "seeds_ptr": "*i32", "positions_ptr": "*i32"}
+    shared |= {"temperature_ptr": "*fp32", "stride": "i32", "vocab": "i32"}
+    kinds = {"forbidden_ptr": "*i8"}
+    kinds |= dict.fromkeys(("top_p_ptr", "min_p_ptr", "bias_values"), "*fp32")
+    kinds |= dict.fromkeys(("repetition_ptr", "frequency_ptr", "presence_ptr"), "*fp32")
+    kinds |= dict.fromkeys(("top_k_ptr", "bias_offsets_ptr", "bias_ids"), "*i32")
+    kinds |= dict.fromkeys(("history_offsets_ptr", "history_ids", "history_counts"), "*i32")
+    sizes = {"BLOCK": 4096, "PIVOTS": 16, "HALVES": 12}
+    values = {"stride": 151936, "vocab": 151936}
+    for label, asked in (("all", kinds), ("top_p", {"top_p_ptr": "*fp32"}), ("plain", {})):
+        signature = shared | asked
+        absent = {name: None for name in names if name not in signature and name not in sizes}
+        yield {"kernel": sample_kernel, "signature": signature, "constexprs": sizes | absent, "grid": (32,),
+               "num_warps": 4, "num_stages": 3, "values": values, "name": f"sample_kernel {label}"}  # fmt: skip
+
+
+LEGALITY_SPECIMENS = list(_specimens())

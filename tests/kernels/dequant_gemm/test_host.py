@@ -1,0 +1,135 @@
+"""The C++ kernels against float64, on every instruction set, at the tolerance of the table."""
+
+import pytest
+import torch
+from dequant_cases import FLOATS, assert_close, dequant_arguments, dequant_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gcu_compile.errors import InvalidInputError
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host import dequant_gemm as host
+
+ISAS = ("portable", "avx2", "avx512")
+BEST = build.host_isa()
+HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index("avx512" if BEST == "amx" else BEST)]
+# (inputs, groups): whole words, parts of words, odd, one group of everything, more than one block of the kernel.
+SIZES = [(64, 1), (64, 2), (128, 4), (96, 3), (30, 5), (17, 1), (7, 7), (576, 9), (1, 1), (1200, 1), (2048, 16)]
+DTYPES = st.sampled_from(FLOATS)
+
+
+def check(arguments):
+    assert host.refuses(**arguments) is None
+    y = host.run(**arguments)
+    assert y.dtype == arguments["x"].dtype
+    assert_close(y, dequant_reference(**arguments), arguments["x"].shape[-1])
+    return y
+
+
+@st.composite
+def products(draw, sizes=SIZES, rows=(1, 2, 3, 4, 5, 8, 13)):
+    k, groups = draw(st.sampled_from(sizes))
+    return dequant_arguments(
+        draw(st.sampled_from(sorted(host.LAYOUTS))),
+        draw(st.sampled_from(rows)),
+        draw(st.sampled_from([1, 3, 16, 40, 64, 65, 130])),
+        k,
+        groups,
+        draw(DTYPES),
+        draw(DTYPES),
+        zeros=draw(st.booleans()),
+        g_idx=draw(st.sampled_from([False, False, True])),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(products())
+def test_products_on_odd_shapes(arguments):
+    check(arguments)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000, deadline=None)
+@given(products(rows=(1, 2, 3, 4, 5, 6, 7, 12, 191, 192, 193, 400)))
+def test_long_sweep(arguments):
+    check(arguments)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", sorted(host.LAYOUTS))
+def test_every_instruction_set(isa, dtype, layout, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    for m, zeros, g_idx in ((1, False, False), (3, True, False), (4, False, True), (200, True, False)):
+        check(dequant_arguments(layout, m, 70, 64, 2, dtype, torch.float16, zeros, g_idx, bias=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("zeros", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16])
+def test_zeros_of_every_dtype_and_a_scale_for_the_tensor(dtype, zeros):
+    a = dequant_arguments("host_int4", 2, 40, 64, 1, dtype, zeros=True)
+    a["zeros"] = a["zeros"].to(zeros)
+    a["scales"] = a["scales"][:, :1].expand(1, 40)
+    check(a)
+
+
+def test_strided_rows_and_leading_dimensions():
+    a = dequant_arguments("host_int4", 12, 40, 64, 2)
+    wide = torch.randn(2, 6, 100)
+    a["x"] = wide[..., 10:74]
+    y = host.run(**a)
+    assert y.shape == (2, 6, 40)
+    assert torch.equal(y, host.run(**{**a, "x": a["x"].contiguous()}))
+    a["x"] = wide.transpose(0, 1)[..., ::1][..., :64]
+    assert torch.equal(host.run(**a), host.run(**{**a, "x": a["x"].contiguous()}))
+
+
+def test_no_rows():
+    a = dequant_arguments("host_int4", 0, 40, 64, 2, torch.bfloat16)
+    assert host.run(**a).shape == (0, 40)
+
+
+def test_rows_do_not_depend_on_each_other():
+    a = dequant_arguments("host_int4", 9, 70, 128, 4, torch.bfloat16, zeros=True)
+    whole = host.run(**a).float()
+    for row in range(9):
+        alone = host.run(**{**a, "x": a["x"][row : row + 1]})
+        assert_close(alone, whole[row : row + 1].double(), 128)
+
+
+def test_large_activations_and_infinities():
+    a = dequant_arguments("host_int8", 2, 64, 64, 1, torch.float32)
+    a["x"][0, 0] = 1e30
+    a["x"][1, 0] = torch.inf
+    y = host.run(**a)
+    assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("layout", sorted(host.LAYOUTS))
+def test_grouped(layout):
+    experts = [dequant_arguments(layout, 7, 70, 64, 2, torch.bfloat16, zeros=True, bias=True, seed=i) for i in range(4)]
+    stacked = {n: torch.stack([one[n] for one in experts]) for n in ("weight", "scales", "zeros", "bias")}
+    offsets = torch.tensor([0, 2, 2, 6, 7])
+    before = registry.calls["dequant_gemm_grouped", "host_cpp"]
+    y = torch.ops.gcu.dequant_gemm_grouped(experts[0]["x"], offsets, **stacked, layout=layout)
+    assert registry.calls["dequant_gemm_grouped", "host_cpp"] == before + 1
+    for e, one in enumerate(experts):
+        rows = slice(offsets[e], offsets[e + 1])
+        assert_close(y[rows], dequant_reference(**{**one, "x": experts[0]["x"][rows]}), 64)
+
+
+def test_wrong_group_index_is_named():
+    a = dequant_arguments("host_int4", g_idx=True)
+    a["g_idx"][5] = 2
+    with pytest.raises(InvalidInputError, match="g_idx leaves the 2 groups"):
+        torch.ops.gcu.dequant_gemm(**a)
+
+
+def test_other_layouts_run_as_plain_torch_and_say_so():
+    registry.fallbacks.clear()
+    torch.ops.gcu.dequant_gemm(**dequant_arguments("awq_int4"))
+    ((name, reason),) = registry.fallbacks
+    assert name == "dequant_gemm" and "layout awq_int4 is not one of host_int4, host_int8" in reason
