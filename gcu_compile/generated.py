@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # A call as Inductor's Python wrapper spells it -> who made what it calls.
 CALLS = (
@@ -13,6 +15,7 @@ CALLS = (
     (re.compile(r"\bextern_kernels\.(\w+)\("), "library", "extern_kernels.{}"),
     (re.compile(r"^\s*(\w*(?:cpp|triton|pallas)_\w+?)(?:\.run)?\("), "inductor", "{}"),
 )
+HANDLES = re.compile(r"# \[Provenance debug handles\] (\S+)")
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,41 @@ class Kernel:
 
 def kernels(code: str) -> list[Kernel]:
     """Every kernel that the wrapper calls, in the order of its first call."""
-    found: Counter[tuple[str, str]] = Counter()
-    for line in call_lines(code):
+    found = Counter((call["kernel"], call["by"]) for call in calls(code))
+    return [Kernel(name, by, times) for (name, by), times in found.items()]
+
+
+def calls(code: str, provenance: Mapping[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """Every call of a kernel in the wrapper, in order.
+
+    Args:
+        provenance: numbered kernel, as in the comment before its call -> the nodes that it computes.
+
+    Returns:
+        kernel, by (see `Kernel`), line (of the wrapper, from 1) and nodes of each call.
+    """
+    found, nodes = [], []
+    for number, line in _running_lines(code):
+        if handles := HANDLES.search(line):
+            nodes = (provenance or {}).get(handles[1], [])
+            continue
         for pattern, by, name in CALLS:
             if match := pattern.search(line):
-                found[name.format(match[1]), by] += 1
+                found.append({"kernel": name.format(match[1]), "by": by, "line": number, "nodes": list(nodes)})
+                nodes = []
                 break
-    return [Kernel(name, by, calls) for (name, by), calls in found.items()]
+    return found
 
 
-def call_lines(code: str) -> list[str]:
-    """The lines of the wrapper that run on every call: the bodies of `call` and of graph partitions."""
-    lines, inside, indent = [], False, 0
-    for line in code.splitlines():
+def _running_lines(code: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines that run on every call: the bodies of `call` and of graph partitions."""
+    inside, indent = False, 0
+    for number, line in enumerate(code.splitlines(), 1):
         stripped = line.lstrip()
         depth = len(line) - len(stripped)
         if stripped.startswith(("def call(", "def partition_")):
             inside, indent = True, depth
         elif inside and stripped and depth <= indent:
             inside = False
-        elif inside and not stripped.startswith("#"):
-            lines.append(line)
-    return lines
+        elif inside and (not stripped.startswith("#") or HANDLES.search(line)):
+            yield number, line

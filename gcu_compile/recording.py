@@ -77,8 +77,10 @@ class Recording:
         self.kernels.append(kernels(generated.code))
         if self._dump:
             self._dump.code(generated)
-        if self._finished:
-            self._save()  # a backward graph, compiled at its first use
+        if self._finished:  # a backward graph, compiled at its first use
+            self._save()
+            if self._dump:
+                self._dump.write(self, None)
 
     def finish(self) -> None:
         """The callable is there: find out whether it was a hit, and keep or take back what was learned."""

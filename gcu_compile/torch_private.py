@@ -23,6 +23,7 @@ __all__ = [
     "first_frame",
     "graph_breaks",
     "inductor_settings",
+    "last_frame",
     "phase_seconds",
     "symbol_range",
     "triton_version",
@@ -39,13 +40,13 @@ class Generated:
 
     Attributes:
         code: source text of its wrapper, kernels included.
-        graph: the graph after Inductor's own post-grad passes, as text.
+        graph: the graph after Inductor's own post-grad passes.
         provenance: kernel call, numbered as in the wrapper's comments -> the nodes that it computes; empty unless
             asked for.
     """
 
     code: str
-    graph: str
+    graph: torch.fx.Graph
     provenance: dict[str, list[str]]
 
 
@@ -89,6 +90,15 @@ def first_frame(stack_trace: str) -> str:
     return f"{found[1].rsplit('/', 1)[-1]}:{found[2]} {found[3]}" if found else ""
 
 
+def last_frame(stack_trace: str) -> tuple[str, int, str]:
+    """("model.py", 12, "return x * 2"): the innermost place of a node's stack trace, and its line of code."""
+    found = list(FRAME.finditer(stack_trace))
+    if not found:
+        return "", 0, ""
+    code = stack_trace[found[-1].end() :].lstrip("\n").splitlines()
+    return found[-1][1].rsplit("/", 1)[-1], int(found[-1][2]), code[0].strip() if code else ""
+
+
 def phase_seconds() -> dict[str, float]:
     """Seconds spent so far in each part of compilation behind Dynamo; the parts do not overlap."""
     from torch._dynamo.utils import compilation_time_metrics as times
@@ -130,12 +140,11 @@ def compile_with_inductor(
     if provenance:
         patches["trace.provenance_tracking_level"] = 1
 
-    def compile_and_learn(*args: Any, **kwargs: Any):
-        result = compile_fx_inner(*args, **kwargs)
+    def compile_and_learn(graph_module: torch.fx.GraphModule, inputs: Any, **kwargs: Any):
+        result = compile_fx_inner(graph_module, inputs, **kwargs)
         if code := getattr(result, "source_code", None):  # a graph without operations has none
             mapping = json.loads(getattr(result, "inductor_provenance_mapping_str", None) or "{}")
-            graph = getattr(result, "inductor_post_grad_graph_str", "")
-            learn(Generated(code, graph, mapping.get("cppCodeToPost", {})))
+            learn(Generated(code, graph_module.graph, mapping.get("cppCodeToPost", {})))
         return result
 
     return compile_fx(gm, example_inputs, inner_compile=compile_and_learn, config_patches=patches)

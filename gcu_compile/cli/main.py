@@ -10,6 +10,7 @@ from rich.console import Console
 from gcu_compile.cli import bisect, demo, explain, info
 from gcu_compile.cli.cache import cache
 from gcu_compile.cli.check import check
+from gcu_compile.cli.dump import dump
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
@@ -25,6 +26,7 @@ app.command("target")(target)
 app.command("check")(check)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
+app.command("dump")(dump)
 app.command("bisect")(bisect.bisect)
 app.add_typer(cache, name="cache")
 
@@ -36,3 +38,7 @@ def main() -> None:
     except GcuCompileError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
