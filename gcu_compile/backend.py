@@ -41,6 +41,10 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
     target = target_of(effective.target, example_inputs)
     check_target(target, serves="torch.compile", supported=("host", "cuda"))
     check_names(Context(effective, target))
+    if effective.shadow != "off":
+        from gcu_compile.debug import shadow  # nothing of the shadow check runs when it is off
+
+        shadow.enable(effective)
     recording = Recording(gm, example_inputs, effective, target)
     recordings.append(recording)
     lowering = LoweringPass(effective, target, recording)
@@ -73,6 +77,10 @@ class LoweringPass(torch_private.CustomInferenceAwareGraphPass):
         if is_inference:
             context = Context(self.options, self.target, report, observers)
             lower(graph.owning_module, context)
+        if self.options.shadow != "off":
+            from gcu_compile.debug import shadow
+
+            shadow.mark(graph)
 
     def uuid(self) -> str:
         return self.recording.uuid if self.recording else cache_key(self.options, self.target)

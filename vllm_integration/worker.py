@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from gcu_compile.options import resolve
 from vllm_integration.behaviours import log
 from vllm_integration.sampler import GcuSampler
 
@@ -13,6 +14,11 @@ class GcuHostWorker(CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
+        options = resolve()
+        if options.shadow != "off":
+            from gcu_compile.debug import shadow  # a start from vLLM's cache never reaches the backend
+
+            shadow.enable(options)
         if self.use_v2_model_runner:
             log.warning("vLLM's V2 model runner keeps its own sampler: post-processing is in float32.")
             return

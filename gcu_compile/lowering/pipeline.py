@@ -96,9 +96,12 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
         elif rule.build is None:
             record.by = "inductor"
         else:
+            size = len(gm.graph.nodes)
             with gm.graph.inserting_before(node):
                 new = rule.build(gm.graph, node, match)
             inherit(new, node)
+            if len(gm.graph.nodes) > size:  # a canonical form may be a node that was there
+                new.meta.setdefault("gcu_rule", rule.name)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
 
