@@ -8,6 +8,7 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import check, eager
 from gcu_compile.kernels.host import dequant_gemm as host
+from gcu_compile.kernels.host import int8_gemm as host_int8
 
 
 def _dequant_gemm(x, *args, **kwargs):
@@ -76,6 +77,7 @@ INT8_GEMM = registry.register(
         eager=_int8_gemm,
         fake=_linear_fake,
         accumulation=lambda *args, **kwargs: 1,  # the sum is exact in integers
+        implementations=(registry.Implementation("host_cpp", ("cpu",), host_int8.run, host_int8.refuses),),
     )
 )
 DEQUANT_GEMM_GROUPED = registry.register(
@@ -97,6 +99,9 @@ INT8_GEMM_GROUPED = registry.register(
         eager=_int8_gemm_grouped,
         fake=_grouped_fake,
         accumulation=lambda *args, **kwargs: 1,
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), host_int8.run_grouped, host_int8.refuses_grouped),
+        ),
     )
 )
 QUANTIZE_PER_TOKEN = registry.register(
@@ -105,5 +110,8 @@ QUANTIZE_PER_TOKEN = registry.register(
         "(Tensor x, int group_size=0, bool symmetric=True) -> (Tensor, Tensor, Tensor)",
         eager=_quantize,
         fake=_quantize_fake,
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), host_int8.run_quantize, host_int8.refuses_quantize),
+        ),
     )
 )

@@ -33,7 +33,7 @@ struct Arguments {
 namespace {
 
 constexpr int TILE = 64;       // outputs
-constexpr int BLOCK = 512;     // inputs unpacked at a time
+constexpr int BLOCK = 128;     // lanes of x per unpacked block: 32 KiB of weights, most of an L1 cache
 constexpr int ROWS = 192;      // rows of x that share one unpacking
 constexpr int DIRECT_ROWS = 4;
 #if defined(__AVX512F__)
@@ -110,7 +110,15 @@ class Product {
   Product(const Arguments& in, bool apart)
       : in_(in), apart_(apart), words_((in.k + PER_WORD<BITS> - 1) / PER_WORD<BITS>), lanes_(words_ * STEPS),
         group_(apart ? words_ : (in.k / in.groups + PER_WORD<BITS> - 1) / PER_WORD<BITS>),
-        spans_(apart ? 0 : in.zeros ? in.groups : 0), x_(new int32_t[in.m * lanes_]), sums_(in.m * spans_) {}
+        spans_(apart || !in.zeros ? 0 : in.groups), x_(new int32_t[in.m * lanes_]), sums_(in.m * spans_) {
+    int64_t most = BLOCK / STEPS;
+    if (!apart && in.m <= DIRECT_ROWS) most = words_;
+    for (int64_t begin = 0, end; begin < words_; begin = end) {  // whole groups, or a part of one
+      end = begin + std::max<int64_t>(1, most / group_) * group_;
+      if (group_ > most) end = std::min(begin + most, (begin / group_ + 1) * group_);
+      blocks_.push_back({begin, end = std::min(end, words_)});
+    }
+  }
 
   void run() {
     int64_t tiles = (in_.n + TILE - 1) / TILE;
@@ -119,7 +127,7 @@ class Product {
     {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < in_.m; ++row) lay_out(row);
-      std::vector<int32_t> block;
+      std::vector<int32_t> unpacked;
       std::vector<float> c;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tiles * chunks; ++task) {
@@ -129,33 +137,46 @@ class Product {
         if (!apart_ && rows <= DIRECT_ROWS)
           direct(tile, first, rows, c.data());
         else
-          blocked(tile, first, rows, c.data(), block);
+          blocked(tile, first, rows, c.data(), unpacked);
         finish(tile, first, rows, c.data());
       }
     }
   }
 
  private:
+  struct Block {
+    int64_t begin, end;  // words
+    int64_t lanes() const { return (end - begin) * STEPS; }
+  };
+
+  // Lanes of a row in a block. Blocks lie apart, so that the rows of one do not share their place in a cache.
+  int32_t* lanes(int64_t row, Block block) const { return x_.get() + block.begin * STEPS * in_.m + row * block.lanes(); }
+
   // Row of x as lanes, and its sum over each group (for zeros).
   void lay_out(int64_t row) {
     float values[8];
-    int32_t* out = &x_[row * lanes_];
     float* sums = spans_ ? &sums_[row * spans_] : nullptr;
-    for (int64_t word = 0; word < words_; ++word) {
-      int64_t k = word * PER_WORD<BITS>;
-      int count = int(std::min<int64_t>(PER_WORD<BITS>, in_.k - k));
-      to_floats(in_.x, in_.x_dtype, row * in_.x_stride + k, count, values);
-      std::fill(values + count, values + 8, 0.0f);
-      if (sums) {
-        float sum = 0;
-        for (int i = 0; i < PER_WORD<BITS>; ++i) sum += values[i];
-        sums[word / group_] += sum;
-      }
-      for (int step = 0; step < STEPS; ++step) {
-        uint32_t first = std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 0)]);
-        if constexpr (P::PER_LANE == 2)  // both are bf16: their upper halves are all of them
-          first = first >> 16 | (std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 1)]) & 0xffff0000u);
-        out[word * STEPS + step] = int32_t(first);
+    for (Block block : blocks_) {
+      int32_t* out = lanes(row, block);
+      for (int64_t word = block.begin; word < block.end; ++word, out += STEPS) {
+        int64_t k = word * PER_WORD<BITS>;
+        if (k + PER_WORD<BITS> <= in_.k) {  // a count that the compiler knows makes vectors of it
+          to_floats(in_.x, in_.x_dtype, row * in_.x_stride + k, PER_WORD<BITS>, values);
+        } else {
+          std::fill(values, values + 8, 0.0f);
+          to_floats(in_.x, in_.x_dtype, row * in_.x_stride + k, int(in_.k - k), values);
+        }
+        if (sums) {
+          float sum = 0;
+          for (int i = 0; i < PER_WORD<BITS>; ++i) sum += values[i];
+          sums[word / group_] += sum;
+        }
+        for (int step = 0; step < STEPS; ++step) {
+          uint32_t lane = std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 0)]);
+          if constexpr (P::PER_LANE == 2)  // both are bf16: their upper halves are all of them
+            lane = lane >> 16 | (std::bit_cast<uint32_t>(values[P::template input<BITS>(step, 1)]) & 0xffff0000u);
+          out[step] = int32_t(lane);
+        }
       }
     }
   }
@@ -214,7 +235,7 @@ class Product {
       for (int at = 0; at < TILE; at += SUB) {
         vf sum[CHAINS][M][NV] = {};
         const int32_t* w = words(tile, begin) + at;
-        const int32_t* x = &x_[first * lanes_ + begin * STEPS];
+        const int32_t* x = lanes(first, blocks_[0]) + begin * STEPS;
         for (int64_t word = begin; word < end; ++word, w += TILE, x += STEPS) {
           vi packed[NV];
           for (int v = 0; v < NV; ++v) packed[v] = load<vi>(w + v * LANES);
@@ -235,34 +256,34 @@ class Product {
     }
   }
 
-  void blocked(int64_t tile, int64_t first, int rows, float* c, std::vector<int32_t>& block) const {
-    int64_t most = BLOCK / PER_WORD<BITS>;
-    int64_t span = group_ >= most ? most : most / group_ * group_;  // whole groups, or a part of one
-    block.resize(span * STEPS * TILE);
+  void blocked(int64_t tile, int64_t first, int rows, float* c, std::vector<int32_t>& unpacked) const {
     alignas(64) float scale[TILE], shift[TILE];
-    for (int64_t begin = 0; begin < words_;) {
-      int64_t end = std::min(words_, begin + span);
-      if (group_ >= most) end = std::min(end, (begin / group_ + 1) * group_);
-      apart_ ? dequantise(tile, begin, end, block.data()) : unpack(tile, begin, end, block.data());
-      for (int64_t from = begin, to; from < end; from = to) {
+    int at_once = (rows + MR - 1) / MR;  // register tiles, of about equal height
+    at_once = (rows + at_once - 1) / at_once;
+    for (Block block : blocks_) {
+      unpacked.resize(std::max<size_t>(unpacked.size(), block.lanes() * TILE));
+      const int32_t* ahead = words(tile, block.end);
+      apart_ ? dequantise(tile, block, unpacked.data()) : unpack(tile, block, unpacked.data());
+      for (int64_t from = block.begin, to; from < block.end; from = to) {
         int64_t group = from / group_;
-        to = std::min(end, (group + 1) * group_);
+        to = std::min(block.end, (group + 1) * group_);
         if (apart_)
           std::fill(scale, scale + TILE, 1.0f);
         else
           factors(tile, group, scale, shift);
-        const int32_t* w = block.data() + (from - begin) * STEPS * TILE;
+        Part part{unpacked.data() + (from - block.begin) * STEPS * TILE, lanes(first, block) + (from - block.begin) * STEPS,
+                  block.lanes(), (to - from) * STEPS, first, group, scale,
+                  spans_ && from % group_ == 0 ? shift : nullptr, ahead};
         for (int at = 0; at < TILE; at += SUB)
-          for (int r = 0; r < rows; r += MR)
-            some(std::min(MR, rows - r), w + at, (to - from) * STEPS, from * STEPS, first + r, at, group, scale,
-                 spans_ && from % group_ == 0 ? shift : nullptr, c + r * TILE);
+          for (int r = 0; r < rows; r += at_once, part.ahead += part.steps * 16)
+            some(std::min(at_once, rows - r), part, r, at, c + r * TILE);
+        ahead = part.ahead;
       }
-      begin = end;
     }
   }
 
-  void unpack(int64_t tile, int64_t begin, int64_t end, int32_t* out) const {
-    for (int64_t word = begin; word < end; ++word, out += STEPS * TILE)
+  void unpack(int64_t tile, Block block, int32_t* out) const {
+    for (int64_t word = block.begin; word < block.end; ++word, out += STEPS * TILE)
       for (int at = 0; at < TILE; at += LANES) {
         vi packed = load<vi>(words(tile, word) + at);
 #pragma GCC unroll 8
@@ -272,10 +293,10 @@ class Product {
   }
 
   // The same with every input's own zero and scale applied.
-  void dequantise(int64_t tile, int64_t begin, int64_t end, int32_t* out) const {
+  void dequantise(int64_t tile, Block block, int32_t* out) const {
     alignas(64) float scale[TILE] = {}, zero[TILE] = {};
     int64_t size = in_.k / in_.groups, last = -1;
-    for (int64_t word = begin; word < end; ++word)
+    for (int64_t word = block.begin; word < block.end; ++word)
       for (int i = 0; i < PER_WORD<BITS>; ++i, out += TILE) {
         int64_t k = std::min(word * PER_WORD<BITS> + i, in_.k - 1), group = in_.g_idx ? in_.g_idx[k] : k / size;
         if (group != last) {
@@ -293,20 +314,28 @@ class Product {
       }
   }
 
+  // The inputs of one group in one block.
+  struct Part {
+    const int32_t *weights, *x;  // unpacked [steps, TILE]; lanes of row `first`
+    int64_t x_stride, steps, first, group;
+    const float *scale, *shift;
+    const int32_t* ahead;  // packed weights that come next: fetched meanwhile, a line per step
+  };
+
   template <int M = MR>
-  void some(int rows, const int32_t* w, int64_t steps, int64_t lane, int64_t first, int at, int64_t group,
-            const float* scale, const float* shift, float* c) const {
+  void some(int rows, const Part& part, int r0, int at, float* c) const {
     if constexpr (M > 1)
-      if (rows < M) return some<M - 1>(rows, w, steps, lane, first, at, group, scale, shift, c);
+      if (rows < M) return some<M - 1>(rows, part, r0, at, c);
     vf sum[M][NV] = {};
-    const int32_t* x = &x_[first * lanes_ + lane];
-    for (int64_t step = 0; step < steps; ++step, w += TILE) {
+    const int32_t *w = part.weights + at, *x = part.x + r0 * part.x_stride;
+    for (int64_t step = 0; step < part.steps; ++step, w += TILE) {
+      __builtin_prefetch(part.ahead + step * 16, 0, 2);
       vf value[NV];
       for (int v = 0; v < NV; ++v) value[v] = load<vf>(w + v * LANES);
       for (int r = 0; r < M; ++r)
-        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * lanes_ + step]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * part.x_stride + step]);
     }
-    fold<M>(sum, at, first, group, scale, shift, c);
+    fold<M>(sum, at, part.first + r0, part.group, part.scale, part.shift, c);
   }
 
   void finish(int64_t tile, int64_t first, int rows, float* c) const {
@@ -321,10 +350,11 @@ class Product {
 
   const Arguments& in_;
   bool apart_;              // dequantised input by input
-  int64_t words_, lanes_;   // of a row of inputs
-  int64_t group_, spans_;   // words of a group; groups whose sum of x is needed
-  std::unique_ptr<int32_t[]> x_;  // [m, lanes]
+  int64_t words_, lanes_;  // of a row of inputs
+  int64_t group_, spans_;  // words of a group; groups whose sum of x is needed
+  std::unique_ptr<int32_t[]> x_;  // [blocks, m, lanes of a block]
   std::vector<float> sums_;  // [m, spans]
+  std::vector<Block> blocks_;
 };
 
 template <int BITS>

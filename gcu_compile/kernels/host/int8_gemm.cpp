@@ -1,0 +1,243 @@
+// Linear layer in integers: y = sum_k (xq - xz) (wq - wz) * x_scale * scale + bias, and the quantisation of activations
+// to int8. See dequant_gemm/eager.py.
+//
+// Weights are tiles of 64 outputs in VNNI order: [N / 64][K / 4][64] words of four neighbouring inputs. Activations
+// are quantised (or copied) into words of four as well; vpdpbusd wants them unsigned, so they carry 128 on top.
+// A row of ones runs along as row 0 of every task: its sums are the sums of the weights, with which
+//   sum (xq - xz)(wq - wz) = sum xu wq - (128 + xz) sum wq - wz sum xq + K xz wz,      xu = xq + 128
+// All of it is exact modulo 2^32; the Python side refuses K for which the left side could exceed it.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "simd.h"
+
+// Field order is that of `Arguments` in host/int8_gemm.py.
+struct Arguments {
+  const void* x;              // [m, k], int8 or floating point, rows `x_stride` elements apart
+  const float* x_scales;      // [m], or null: per token, from x
+  const int32_t* x_zeros;     // [m], or null
+  const int32_t* weight;      // tiles
+  const float* scales;        // [n]
+  const int32_t* zeros;       // [n], or null
+  const void* bias;           // [n], or null
+  void* y;                    // [m, n]
+  int64_t m, k, n, x_stride;
+  int32_t x_dtype, y_dtype, bias_dtype, threads;
+};
+
+// Of gcu_quantize; field order is that of `Quantize` in host/int8_gemm.py.
+struct Quantize {
+  const void* x;  // [rows, k], rows `x_stride` elements apart
+  int8_t* codes;  // [rows, k]
+  float* scales;  // [rows, k / group]
+  int32_t* zeros;
+  int64_t rows, k, group, x_stride;
+  int32_t x_dtype, symmetric, threads;
+};
+
+namespace {
+
+constexpr int TILE = 64;      // outputs
+constexpr int ROWS = 191;     // rows of x in a task; with the row of ones a multiple of every MR
+constexpr int BLOCK = 512;    // words of inputs in a pass over the rows: 128 KiB of weights
+#if defined(__AVX512F__)
+constexpr int NV = 4, MR = 6;
+#elif defined(__AVX2__)
+constexpr int NV = 2, MR = 4;
+#else
+constexpr int NV = 2, MR = 2;
+#endif
+constexpr int SUB = NV * LANES;
+
+#if defined(__AVX512VNNI__)
+constexpr int OFFSET = 128;  // what activations carry on top of their code
+#else
+constexpr int OFFSET = 0;
+#endif
+
+// sum + the four products of bytes in every lane of w with the bytes of x.
+inline vi dot(vi sum, vi w, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i xs = _mm256_set1_epi32(x), ws = (__m256i)w;
+  __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(ws, 8), 8),
+                                   _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8));
+  __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(ws, 8), _mm256_srai_epi16(xs, 8));
+  return sum + (vi)even + (vi)odd;
+#else
+  for (int i = 0; i < 4; ++i) sum += ((w << (24 - 8 * i)) >> 24) * int32_t(int8_t(x >> (8 * i)));
+  return sum;
+#endif
+}
+
+// One group of `count` values to int8: codes, scale, zero. Rounding is to nearest even: adding 1.5 * 2^23 leaves an
+// integer in the low bits.
+inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+void quantize_known(const float* x, int64_t count, float scale, int32_t zero, int8_t* codes) {
+  // Clamped before it is rounded: the magic number holds only small values, and a NaN becomes some code.
+  for (int64_t i = 0; i < count; ++i) {
+    float value = x[i] / scale;
+    value = value < 1024.0f ? value : 1024.0f;
+    value = value > -1024.0f ? value : -1024.0f;
+    int32_t code = int32_t(round_even(value)) + zero;
+    codes[i] = int8_t(std::min(127, std::max(-128, code)));
+  }
+}
+
+void quantize_group(const float* x, int64_t count, bool symmetric, int8_t* codes, float& scale, int32_t& zero) {
+  zero = 0;
+  int32_t magnitude = 0;  // of the bits: NaN is above infinity and stays visible
+  for (int64_t i = 0; i < count; ++i) magnitude = std::max(magnitude, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
+  float largest = std::bit_cast<float>(magnitude);
+  scale = largest / 127.0f;
+  if (!symmetric && std::isfinite(largest)) {
+    float high = 0, low = 0;
+    for (int64_t i = 0; i < count; ++i) high = std::max(high, x[i]), low = std::min(low, x[i]);
+    scale = (high - low) / 255.0f;
+    if (scale != 0) zero = int32_t(std::nearbyint(-128.0f - low / scale));
+  }
+  if (scale == 0 || !std::isfinite(scale))
+    std::fill(codes, codes + count, int8_t(0));
+  else
+    quantize_known(x, count, scale, zero, codes);
+}
+
+const float* row_of(const void* x, int32_t dtype, int64_t first, int64_t count, std::vector<float>& buffer) {
+  if (dtype == F32) return static_cast<const float*>(x) + first;
+  buffer.resize(count);
+  to_floats(x, dtype, first, int(count), buffer.data());
+  return buffer.data();
+}
+
+class Product {
+ public:
+  explicit Product(const Arguments& in)
+      : in_(in), words_((in.k + 3) / 4), x_(new int32_t[in.m * words_]), scales_(in.m), zeros_(in.m), sums_(in.m),
+        ones_(words_, 0x01010101) {}
+
+  void run() {
+    int64_t tiles = (in_.n + TILE - 1) / TILE, chunks = (in_.m + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(in_.threads)
+    {
+      std::vector<float> buffer;
+      std::vector<int8_t> codes(words_ * 4);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < in_.m; ++row) lay_out(row, buffer, codes);
+      std::vector<int32_t> c;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < tiles * chunks; ++task) {
+        int64_t tile = task % tiles, first = task / tiles * ROWS;
+        int rows = int(std::min<int64_t>(ROWS, in_.m - first));
+        c.resize((rows + 1) * TILE);
+        multiply(tile, first, rows + 1, c.data());
+        finish(tile, first, rows, c.data());
+      }
+    }
+  }
+
+ private:
+  void lay_out(int64_t row, std::vector<float>& buffer, std::vector<int8_t>& codes) {
+    const int8_t* from = codes.data();
+    float scale = in_.x_scales ? in_.x_scales[row] : 0;
+    int32_t zero = in_.x_zeros ? in_.x_zeros[row] : 0;
+    if (in_.x_dtype == I8) {
+      std::memcpy(codes.data(), static_cast<const int8_t*>(in_.x) + row * in_.x_stride, in_.k);
+    } else {
+      const float* x = row_of(in_.x, in_.x_dtype, row * in_.x_stride, in_.k, buffer);
+      if (in_.x_scales)
+        quantize_known(x, in_.k, scale, zero, codes.data());
+      else
+        quantize_group(x, in_.k, true, codes.data(), scale, zero);
+    }
+    scales_[row] = scale, zeros_[row] = zero;
+    auto* out = reinterpret_cast<uint8_t*>(x_.get() + row * words_);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < in_.k; ++k) {
+      sum += from[k];
+      out[k] = uint8_t(from[k] + OFFSET);
+    }
+    std::fill(out + in_.k, out + words_ * 4, uint8_t(0));  // weights are zero there too
+    sums_[row] = sum;
+  }
+
+  const int32_t* row(int64_t first, int r) const { return r ? x_.get() + (first + r - 1) * words_ : ones_.data(); }
+
+  void multiply(int64_t tile, int64_t first, int rows, int32_t* c) const {
+    int at_once = (rows + MR - 1) / MR;
+    at_once = (rows + at_once - 1) / at_once;
+    for (int64_t begin = 0; begin < words_; begin += BLOCK) {
+      int64_t end = std::min(words_, begin + BLOCK);
+      for (int at = 0; at < TILE; at += SUB)
+        for (int r = 0; r < rows; r += at_once)
+          some(std::min(at_once, rows - r), in_.weight + tile * words_ * TILE + at, begin, end, first, r,
+               c + r * TILE + at);
+    }
+  }
+
+  template <int M = MR>
+  void some(int rows, const int32_t* w, int64_t begin, int64_t end, int64_t first, int r0, int32_t* c) const {
+    if constexpr (M > 1)
+      if (rows < M) return some<M - 1>(rows, w, begin, end, first, r0, c);
+    vi sum[M][NV] = {};
+    const int32_t* x[M];
+    for (int r = 0; r < M; ++r) x[r] = row(first, r0 + r);
+    for (int64_t word = begin; word < end; ++word) {
+      vi value[NV];
+      for (int v = 0; v < NV; ++v) value[v] = load<vi>(w + word * TILE + v * LANES);
+      for (int r = 0; r < M; ++r)
+        for (int v = 0; v < NV; ++v) sum[r][v] = dot(sum[r][v], value[v], x[r][word]);
+    }
+    for (int r = 0; r < M; ++r)
+      for (int v = 0; v < NV; ++v) {
+        int32_t* out = c + r * TILE + v * LANES;
+        store(out, begin ? (vi)(load<vi>(out) + sum[r][v]) : sum[r][v]);
+      }
+  }
+
+  void finish(int64_t tile, int64_t first, int rows, const int32_t* c) const {
+    int count = int(std::min<int64_t>(TILE, in_.n - tile * TILE));
+    float scale[TILE], bias[TILE] = {}, y[TILE];
+    uint32_t zero[TILE] = {};  // unsigned: sums wrap around
+    std::copy_n(in_.scales + tile * TILE, count, scale);
+    if (in_.zeros) std::copy_n(in_.zeros + tile * TILE, count, zero);
+    if (in_.bias) to_floats(in_.bias, in_.bias_dtype, tile * TILE, count, bias);
+    for (int r = 0; r < rows; ++r) {
+      uint32_t xz = uint32_t(zeros_[first + r]), sum = uint32_t(sums_[first + r]);
+      float x_scale = scales_[first + r];
+      const int32_t* products = c + (r + 1) * TILE;
+      for (int i = 0; i < count; ++i) {
+        uint32_t exact = uint32_t(products[i]) - (OFFSET + xz) * uint32_t(c[i]) - zero[i] * (sum - uint32_t(in_.k) * xz);
+        y[i] = float(int32_t(exact)) * x_scale * scale[i] + bias[i];
+      }
+      from_floats(y, count, in_.y, in_.y_dtype, (first + r) * in_.n + tile * TILE);
+    }
+  }
+
+  const Arguments& in_;
+  int64_t words_;
+  std::unique_ptr<int32_t[]> x_;  // [m, words]
+  std::vector<float> scales_;
+  std::vector<int32_t> zeros_, sums_, ones_;
+};
+
+}  // namespace
+
+extern "C" void gcu_int8_gemm(const Arguments* in) { Product(*in).run(); }
+
+extern "C" void gcu_quantize(const Quantize* in) {
+  int64_t groups = in->k / in->group;
+#pragma omp parallel for schedule(static) num_threads(in->threads)
+  for (int64_t row = 0; row < in->rows; ++row) {
+    std::vector<float> buffer;
+    const float* x = row_of(in->x, in->x_dtype, row * in->x_stride, in->k, buffer);
+    for (int64_t g = 0; g < groups; ++g)
+      quantize_group(x + g * in->group, in->group, in->symmetric, in->codes + row * in->k + g * in->group,
+                     in->scales[row * groups + g], in->zeros[row * groups + g]);
+  }
+}

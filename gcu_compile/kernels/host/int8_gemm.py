@@ -1,0 +1,170 @@
+"""Calls `int8_gemm.cpp`: the integer product, and the quantisation of activations."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from gcu_compile.errors import KernelBuildError
+from gcu_compile.kernels.dequant_gemm import check
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host.dequant_gemm import DTYPES, FLOATS, NONE
+
+LAYOUT = "host_int8"
+# Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
+MOST_INPUTS = (2**31 - 1) // (255 * 128)
+MOST_INPUTS_WITH_ZEROS = (2**31 - 1) // (255 * 255)
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of int8_gemm.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "x_zeros", "weight", "scales", "zeros", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("m", "k", "n", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "y_dtype", "bias_dtype", "threads")),
+    )
+
+
+class Quantize(ctypes.Structure):
+    """`struct Quantize` of int8_gemm.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("rows", "k", "group", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "symmetric", "threads")),
+    )
+
+
+def _missing() -> str | None:
+    try:
+        build.load("int8_gemm")
+    except KernelBuildError as error:
+        return str(error)
+    return None
+
+
+def refuses(
+    x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
+) -> str | None:
+    """Why the C++ kernel cannot take these arguments, or None."""
+    if layout != LAYOUT:
+        return f"layout {layout} is not {LAYOUT} (repack the weight once, `layouts.repack`)"
+    if x.dtype != torch.int8 and x.dtype not in FLOATS:
+        return f"x is {x.dtype}, not int8 or one of {', '.join(map(str, FLOATS))}"
+    if out_dtype is not None and out_dtype not in FLOATS:
+        return f"out_dtype is {out_dtype}, not one of {', '.join(map(str, FLOATS))}"
+    most = MOST_INPUTS if zeros is None else MOST_INPUTS_WITH_ZEROS
+    if x.shape[-1] > most:
+        return f"a sum over {x.shape[-1]} inputs may not fit in 32 bits; {most} do"
+    return _missing()
+
+
+def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """One contiguous value for each row (or output) of a tensor that may be one value for all."""
+    if tensor is None:
+        return None
+    return tensor.reshape(-1).to(dtype).expand(size).contiguous()
+
+
+def run(
+    x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
+) -> torch.Tensor:
+    """`gcu::int8_gemm`; see `dequant_gemm/eager.py`."""
+    check.int8_gemm(x, weight, scales, x_scales, x_zeros, zeros, bias, layout=layout, out_dtype=out_dtype)
+    n, k = scales.shape[-1], x.shape[-1]
+    out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    m = rows.shape[0]
+    y = torch.empty(m, n, dtype=out_dtype)
+    if m == 0:
+        return y.view(*x.shape[:-1], n)
+    bias = None if bias is None else bias.expand(n).contiguous()
+    bias = bias if bias is None or bias.dtype in DTYPES else bias.to(torch.float32)
+    # Converted tensors must live until the call is over.
+    held = {
+        "x": rows,
+        "x_scales": _column(x_scales, m, torch.float32),
+        "x_zeros": _column(x_zeros, m, torch.int32),
+        "weight": weight.contiguous(),
+        "scales": _column(scales, n, torch.float32),
+        "zeros": _column(zeros, n, torch.int32),
+        "bias": bias,
+        "y": y,
+    }
+    arguments = Arguments(
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in held.items()},
+        m=m,
+        k=k,
+        n=n,
+        x_stride=rows.stride(0),
+        x_dtype=DTYPES[x.dtype],
+        y_dtype=DTYPES[out_dtype],
+        bias_dtype=NONE if bias is None else DTYPES[bias.dtype],
+        threads=torch.get_num_threads(),
+    )
+    build.load("int8_gemm").gcu_int8_gemm(ctypes.byref(arguments))
+    return y.view(*x.shape[:-1], n)
+
+
+def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None) -> torch.Tensor:
+    """`gcu::int8_gemm_grouped`: one product per expert that has rows."""
+    check.int8_grouped(x, offsets, weight, scales, x_scales, bias, layout=layout, out_dtype=out_dtype)
+    out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
+    y = torch.zeros(x.shape[0], scales.shape[-1], dtype=out_dtype)
+    per_row = None if x_scales is None else x_scales.expand(x.shape[0], 1)
+    cuts = offsets.tolist()
+    for expert, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        if last > first:
+            y[first:last] = run(
+                x[first:last],
+                weight[expert],
+                scales[expert],
+                None if per_row is None else per_row[first:last],
+                bias=None if bias is None else bias[expert],
+                layout=layout,
+                out_dtype=out_dtype,
+            )
+    return y
+
+
+def refuses_grouped(x, offsets, weight, scales, *args, layout: str, out_dtype=None) -> str | None:
+    """Why the C++ kernel cannot take these arguments, or None."""
+    return refuses(x, weight, scales, layout=layout, out_dtype=out_dtype)
+
+
+def refuses_quantize(x, group_size: int = 0, symmetric: bool = True) -> str | None:
+    """Why the C++ kernel cannot take these arguments, or None."""
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}, not one of {', '.join(map(str, FLOATS))}"
+    return _missing()
+
+
+def run_quantize(x, group_size: int = 0, symmetric: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gcu::quantize_per_token`; see `quantize` in `dequant_gemm/eager.py`."""
+    check.quantize(x, group_size)
+    k = x.shape[-1]
+    size = group_size or k
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scales = torch.empty(rows.shape[0], k // size, dtype=torch.float32)
+    zeros = torch.empty(rows.shape[0], k // size, dtype=torch.int32)
+    arguments = Quantize(
+        x=rows.data_ptr(),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=zeros.data_ptr(),
+        rows=rows.shape[0],
+        k=k,
+        group=size,
+        x_stride=rows.stride(0),
+        x_dtype=DTYPES[x.dtype],
+        symmetric=int(symmetric),
+        threads=torch.get_num_threads(),
+    )
+    build.load("int8_gemm").gcu_quantize(ctypes.byref(arguments))
+    leading = x.shape[:-1]
+    return codes.view(x.shape), scales.view(*leading, -1), zeros.view(*leading, -1)

@@ -1,0 +1,119 @@
+"""The integer kernels against their meanings, on every instruction set: sums are exact, codes are equal."""
+
+import pytest
+import torch
+from dequant_cases import FLOATS, assert_close, generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.dequant_gemm import eager, layouts
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host import int8_gemm as host
+
+ISAS = ("portable", "avx2", "avx512")
+HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index(build.host_isa().replace("amx", "avx512"))]
+
+
+def arguments(m=5, n=70, k=64, dtype=torch.int8, static=False, zeros=False, x_zeros=False, bias=False, seed=0):
+    g, form = generator(seed), layouts.get("host_int8")
+    x = torch.randn(m, k, generator=g) * 3
+    codes = torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8)
+    static = static or dtype == torch.int8
+    return {
+        "x": codes if dtype == torch.int8 else x.to(dtype),
+        "weight": layouts.pack(torch.randint(-128, 128, (n, k), generator=g), form),
+        "scales": (torch.rand(1, n, generator=g) + 0.5) / (74 * k**0.5),
+        "x_scales": (torch.rand(m, 1, generator=g) + 0.5) / 50 if static else None,
+        "x_zeros": torch.randint(-128, 128, (m, 1), generator=g, dtype=torch.int32) if x_zeros and static else None,
+        "zeros": torch.randint(-128, 128, (1, n), generator=g, dtype=torch.int32) if zeros else None,
+        "bias": torch.randn(n, generator=g) if bias else None,
+        "layout": "host_int8",
+    }
+
+
+def check(a):
+    assert host.refuses(**a) is None
+    y, meant = host.run(**a), eager.int8_gemm(**a)
+    assert y.dtype == meant.dtype
+    assert_close(y, meant.double(), 1)
+
+
+cases = st.builds(
+    arguments,
+    st.sampled_from([1, 2, 5, 6, 7, 13]),
+    st.sampled_from([1, 16, 63, 64, 65, 130]),
+    st.sampled_from([1, 3, 4, 17, 64, 130, 2100]),
+    st.sampled_from([torch.int8, *FLOATS]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 999),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases)
+def test_products_on_odd_shapes(a):
+    check(a)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000, deadline=None)
+@given(cases)
+def test_long_sweep(a):
+    check(a)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_every_instruction_set(isa, dtype, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    for m, zeros in ((1, False), (4, True), (200, True)):
+        check(arguments(m, 70, 90, dtype, True, zeros, zeros, True))
+
+
+def test_extreme_codes_sum_exactly():
+    k = host.MOST_INPUTS
+    ones = {"scales": torch.ones(1, 1), "x_scales": torch.ones(1, 1), "layout": "host_int8"}
+    weight = layouts.pack(torch.full((1, k), -128), layouts.get("host_int8"))
+    x = torch.full((1, k), -128, dtype=torch.int8)
+    assert host.run(x, weight, **ones).item() == k * 128 * 128
+    assert host.run(x, weight, **ones, x_zeros=torch.tensor([[127]])).item() == pytest.approx(k * 255 * 128, rel=1e-7)
+    assert "may not fit in 32 bits" in host.refuses(torch.ones(1, k + 1).to(torch.int8), weight, **ones)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(FLOATS),
+    st.sampled_from([(1, 1), (5, 64), (3, 100), (2, 576)]),
+    st.sampled_from([0, 1, 2, 4]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_activations_get_the_codes_of_the_meaning(dtype, shape, pieces, symmetric, seed):
+    x = (torch.randn(shape, generator=generator(seed)) * 10 ** (seed % 7 - 3) + seed % 3).to(dtype)
+    x[seed % shape[0]] *= seed % 2
+    group = shape[1] // pieces if pieces and shape[1] % pieces == 0 else 0
+    for found, meant in zip(host.run_quantize(x, group, symmetric), eager.quantize(x, group, symmetric), strict=True):
+        torch.testing.assert_close(found, meant, rtol=0, atol=0)
+
+
+def test_infinite_and_missing_activations_do_not_pass_silently():
+    x = torch.ones(3, 64)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    a = arguments(3, dtype=torch.float32)
+    y = host.run(**{**a, "x": x})
+    assert torch.isfinite(y[0]).all() and torch.isnan(y[1]).all() and not torch.isfinite(y[2]).any()
+
+
+def test_grouped_runs_the_kernel():
+    experts, offsets = [arguments(7, seed=i) for i in range(3)], torch.tensor([0, 3, 3, 7])
+    stacked = {name: torch.stack([one[name] for one in experts]) for name in ("weight", "scales")}
+    a = experts[0]
+    before = registry.calls["int8_gemm_grouped", "host_cpp"]
+    y = torch.ops.gcu.int8_gemm_grouped(a["x"], offsets, **stacked, x_scales=a["x_scales"], layout="host_int8")
+    assert registry.calls["int8_gemm_grouped", "host_cpp"] == before + 1
+    meant = eager.int8_gemm_grouped(a["x"], offsets, **stacked, x_scales=a["x_scales"], layout="host_int8")
+    assert_close(y, meant.double(), 1)
