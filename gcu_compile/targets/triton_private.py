@@ -229,14 +229,22 @@ def _interpreter_scope() -> Iterator[None]:
         wide = (operand.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(wide, tl.float32)
 
+    def cast(builder: Any, src: Any, dst_type: Any) -> Any:
+        # For the same reason an integer becomes bfloat16, and back, by way of float32.
+        ends = (src.dtype.scalar, dst_type.scalar)
+        if tl.bfloat16 in ends and tl.float32 not in ends:
+            return original_cast(builder, original_cast(builder, src, tl.float32), dst_type)
+        return original_cast(builder, src, dst_type)
+
     everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    original_call, original_dot = JITFunction.__call__, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    original_call, original_dot, original_cast = JITFunction.__call__, builder.create_dot, builder.cast_impl
     with _interpreting, np.errstate(all="ignore"), knobs.runtime.scope():
         knobs.runtime.interpret = True
         scope = interpreter._patch_lang(everywhere)
-        JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = call, dot
+        JITFunction.__call__, builder.create_dot, builder.cast_impl = call, dot, cast
         try:
             yield
         finally:
-            JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = original_call, original_dot
+            JITFunction.__call__, builder.create_dot, builder.cast_impl = original_call, original_dot, original_cast
             scope.restore()

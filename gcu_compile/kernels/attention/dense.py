@@ -7,6 +7,7 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import attend
+from gcu_compile.kernels.triton import attention as triton
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
@@ -92,4 +93,10 @@ def accumulation(q, k, v, *args, **kwargs) -> int:
     return max(q.shape[3], k.shape[2])
 
 
-OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation))
+def _run_triton(*args, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    return triton.run(*args, **kwargs)
+
+
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
+OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation, (TRITON,)))

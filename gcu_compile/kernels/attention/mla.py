@@ -8,6 +8,7 @@ from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.paged import eager as paged
 from gcu_compile.kernels.attention.softmax import compute_dtype
+from gcu_compile.kernels.triton import paged_attention as triton
 
 SCHEMA = (
     "(Tensor q, Tensor latent_cache, Tensor w_uk, Tensor w_uv, Tensor block_table, Tensor query_start_loc, "
@@ -82,4 +83,10 @@ def accumulation(q, latent_cache, w_uk, w_uv, block_table, *args, **kwargs) -> i
     return max(latent_cache.shape[2], block_table.shape[1] * latent_cache.shape[1])
 
 
-OP = registry.register(registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation))
+def _run_triton(*args, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    return triton.run_mla(*args, **kwargs)
+
+
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses_mla)
+OP = registry.register(registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation, (TRITON,)))

@@ -7,6 +7,7 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import attend, compute_dtype
+from gcu_compile.kernels.triton import paged_attention as triton
 
 TENSORS = (
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
@@ -169,7 +170,22 @@ def fake_int8(q, k_cache, v_cache, *args, **kwargs):
     return values, q.new_empty((q.shape[0], 1), dtype=torch.float32)
 
 
-OP = registry.register(registry.FusedOp("paged_attention", TENSORS + " -> Tensor", eager, fake, accumulation))
+def _run_triton(*args, **kwargs) -> torch.Tensor:
+    check("paged_attention", *args, **kwargs)
+    return triton.run(*args, **kwargs)
+
+
+def _run_triton_int8(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantise_rows(_run_triton(*args, **kwargs))
+
+
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
+TRITON_INT8 = registry.Implementation("triton", ("cuda", "gcu"), _run_triton_int8, triton.refuses)
+OP = registry.register(
+    registry.FusedOp("paged_attention", TENSORS + " -> Tensor", eager, fake, accumulation, (TRITON,))
+)
 OP_INT8 = registry.register(
-    registry.FusedOp("paged_attention_int8", TENSORS + " -> (Tensor, Tensor)", eager_int8, fake_int8, accumulation)
+    registry.FusedOp(
+        "paged_attention_int8", TENSORS + " -> (Tensor, Tensor)", eager_int8, fake_int8, accumulation, (TRITON_INT8,)
+    )
 )

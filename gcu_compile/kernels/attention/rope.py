@@ -7,6 +7,7 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import compute_dtype
+from gcu_compile.kernels.triton import rope_and_cache as triton
 
 SCHEMA = (
     "(Tensor qkv, Tensor cos_sin, Tensor? positions, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -180,4 +181,10 @@ def accumulation(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs
     return k_cache.shape[3]
 
 
-OP = registry.register(registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation))
+def _run_triton(*args, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    return triton.run(*args, **kwargs)
+
+
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
+OP = registry.register(registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation, (TRITON,)))

@@ -87,3 +87,8 @@ def missing() -> str | None:
         return "Triton is not installed"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return None if version >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`: what `tl.arange` takes."""
+    return max(least, 1 << max(0, size - 1).bit_length())
