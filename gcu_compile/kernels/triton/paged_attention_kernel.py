@@ -262,7 +262,7 @@ def merge_kernel(
 
 
 def _specimens():
-    """Llama-3 8B's attention (32 query and 8 KV heads of 128, blocks of 64): prefill, decode, int8 KV; MLA's latents."""
+    """Llama-3 8B: 32 query and 8 KV heads of 128, blocks of 64; prefill, decode, int8 KV."""
     signature = {"out_ptr": "*bf16", "q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "table_ptr": "*i32",
                  "query_start_ptr": "*i32", "seq_lens_ptr": "*i32", "scale": "fp32"}  # fmt: skip
     sizes = ("sequences", "num_blocks", "table_stride", "k_block_stride", "v_block_stride", "scale_block_stride")

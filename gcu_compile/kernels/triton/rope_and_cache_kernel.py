@@ -98,8 +98,8 @@ def rope_and_cache_kernel(
     """Programs walk the tokens, each from its own on.
 
     q_out: [tokens, HEADS, SIZE]. qkv: [tokens, ROW elements apart]. cos_sin: [rows, 2 * HALF]. positions, slots:
-    [tokens] int32 below `rows` and `slots`, positions may be None. Caches: see `paged_attention_kernel.py`. scale, zero: [KV_HEADS] float32;
-    scales_out: [blocks, KV_HEADS, BLOCK] float32, written instead.
+    [tokens] int32 below `rows` and `slots`, positions may be None. Caches: see `paged_attention_kernel.py`. scale,
+    zero: [KV_HEADS] float32; scales_out: [blocks, KV_HEADS, BLOCK] float32, written instead.
     """
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     SECOND: tl.constexpr = 1 if INTERLEAVED else HALF

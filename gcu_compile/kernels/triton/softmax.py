@@ -13,10 +13,12 @@ MINUS_INFINITY = tl.constexpr(float("-inf"))
 def tanh(x):
     """tanh to float32's precision: a series near 0, where 1 - 2 / (exp(2x) + 1) cancels."""
     square = x * x
-    near = 0.021869488536155203 + square * (-0.00886323552990220 + square * 0.003592128036572481)
-    near = x + x * square * (
-        -0.3333333333333333 + square * (0.13333333333333333 + square * (-0.05396825396825397 + square * near))
-    )
+    series = 0.003592128036572481
+    series = -0.0088632355299022 + square * series
+    series = 0.021869488536155203 + square * series
+    series = -0.05396825396825397 + square * series
+    series = 0.13333333333333333 + square * series
+    near = x + x * square * (-0.3333333333333333 + square * series)
     size = tl.abs(x)
     far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
     return tl.where(size < 0.35, near, tl.where(x < 0.0, -far, far))

@@ -198,7 +198,7 @@ def test_refusals_say_why(monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_TARGET", "gcu400")
     assert paged_attention.refuses(q, v, v, None) is None
     assert "256 heads" in attention.refuses(*(torch.zeros(1, 256, 1, 8),) * 3)
-    assert "not contiguous" in rope_and_cache.refuses(torch.zeros(8, 1).t(), q[0], None, None, v, v)
+    assert "not contiguous" in rope_and_cache.refuses(torch.zeros(8, 2).t(), q[0], None, None, v, v)
 
 
 @pytest.mark.parametrize("name", ["attention", "paged_attention", "paged_attention_int8", "mla_attention",
