@@ -125,12 +125,13 @@ def test_sigterm_ends_cleanly(server):
     assert gone(children, 10)
 
 
-def test_killed_engine_ends_the_server_with_an_error(model, tmp_path):
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+def test_killed_process_ends_the_server_with_an_error(victim, model, tmp_path):
     server = Server(model, tmp_path)
     try:
         children = server.children()
-        engine = next(child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()]))
-        engine.kill()
+        named = {child: " ".join([child.name(), *child.cmdline()]) for child in children}
+        next(child for child, name in named.items() if victim in name).kill()
         assert server.process.wait(30) == 1
         assert gone(children, 10)
         assert "The engine process died; the server ends with exit status 1." in server.log.read_text()
