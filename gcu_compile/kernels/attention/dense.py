@@ -7,6 +7,7 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import attend
+from gcu_compile.kernels.host import attention as host
 from gcu_compile.kernels.triton import attention as triton
 
 SCHEMA = (
@@ -93,10 +94,16 @@ def accumulation(q, k, v, *args, **kwargs) -> int:
     return max(q.shape[3], k.shape[2])
 
 
+def _run_host(*args, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    return host.run_dense(*args, **kwargs)
+
+
 def _run_triton(*args, **kwargs) -> torch.Tensor:
     check(*args, **kwargs)
     return triton.run(*args, **kwargs)
 
 
+HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, host.refuses_dense)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
-OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation, (TRITON,)))
+OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation, (HOST, TRITON)))

@@ -7,7 +7,9 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import attend, compute_dtype
+from gcu_compile.kernels.host import attention as host
 from gcu_compile.kernels.triton import paged_attention as triton
+from gcu_compile.options import resolve
 
 TENSORS = (
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
@@ -17,10 +19,11 @@ TENSORS = (
 )
 
 
-def check(op, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=None, v_scale=None,
+def check(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=None, v_scale=None,
           k_zero_point=None, v_zero_point=None, alibi_slopes=None, sinks=None, *, scale, causal=True, window=None,
           soft_cap=0.0) -> None:  # fmt: skip
     """Raise `InvalidInputError` for shapes, dtypes and numbers that have no meaning. Reads no values."""
+    op = "paged_attention"
     if q.dim() != 3 or q.dtype not in checks.FLOATS:
         raise checks.invalid(op, "q", f"{q.dtype} {tuple(q.shape)}", "floats [tokens, heads, head_dim]")
     checks.cache(op, "k_cache", k_cache)
@@ -90,10 +93,10 @@ def eager(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=N
     """
     if checks.is_fake(q, k_cache):
         return fake(q, k_cache, v_cache)
-    check("paged_attention", q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
+    check(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
           k_zero_point, v_zero_point, alibi_slopes, sinks, scale=scale, window=window, soft_cap=soft_cap)  # fmt: skip
     num_blocks, _, block_size, _ = k_cache.shape
-    values(q, k_cache, block_table, query_start_loc, seq_lens, causal, window)
+    values(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, causal=causal, window=window)
     output = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = query_start_loc.tolist()
     for i, length in enumerate(seq_lens.tolist()):
@@ -124,8 +127,9 @@ def eager(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=N
     return output
 
 
-def values(q, k_cache, block_table, query_start_loc, seq_lens, causal, window) -> None:
-    """`checks.paged_values` for these arguments."""
+def values(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, *args, causal=True, window=None,
+           **kwargs) -> None:  # fmt: skip
+    """Raise `InvalidInputError` for lengths or table entries out of range; see `checks.paged_values`."""
     sizes = q.shape[0], k_cache.shape[0], k_cache.shape[2]
     checks.paged_values("paged_attention", *sizes, block_table, query_start_loc, seq_lens, causal, window)
 
@@ -170,8 +174,24 @@ def fake_int8(q, k_cache, v_cache, *args, **kwargs):
     return values, q.new_empty((q.shape[0], 1), dtype=torch.float32)
 
 
+def _run_host(*args, quantised=None, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    output = host.run_paged(*args, quantised=quantised, **kwargs)
+    if output is None:  # the kernel met a length or an entry out of range: the check that names it
+        values(*args, **kwargs)
+    return output
+
+
+def _run_host_int8(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    quantised = fake_int8(*args)
+    _run_host(*args, quantised=quantised, **kwargs)
+    return quantised
+
+
 def _run_triton(*args, **kwargs) -> torch.Tensor:
-    check("paged_attention", *args, **kwargs)
+    check(*args, **kwargs)
+    if resolve().debug_checks:  # a kernel on a device cannot raise
+        values(*args, **kwargs)
     return triton.run(*args, **kwargs)
 
 
@@ -179,13 +199,30 @@ def _run_triton_int8(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     return quantise_rows(_run_triton(*args, **kwargs))
 
 
-TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
-TRITON_INT8 = registry.Implementation("triton", ("cuda", "gcu"), _run_triton_int8, triton.refuses)
+def _implementations(run_host, run_triton):
+    return (
+        registry.Implementation("host_cpp", ("cpu",), run_host, host.refuses_paged),
+        registry.Implementation("triton", ("cuda", "gcu"), run_triton, triton.refuses),
+    )
+
+
 OP = registry.register(
-    registry.FusedOp("paged_attention", TENSORS + " -> Tensor", eager, fake, accumulation, (TRITON,))
+    registry.FusedOp(
+        "paged_attention",
+        TENSORS + " -> Tensor",
+        eager,
+        fake,
+        accumulation,
+        _implementations(_run_host, _run_triton),
+    )
 )
 OP_INT8 = registry.register(
     registry.FusedOp(
-        "paged_attention_int8", TENSORS + " -> (Tensor, Tensor)", eager_int8, fake_int8, accumulation, (TRITON_INT8,)
+        "paged_attention_int8",
+        TENSORS + " -> (Tensor, Tensor)",
+        eager_int8,
+        fake_int8,
+        accumulation,
+        _implementations(_run_host_int8, _run_triton_int8),
     )
 )

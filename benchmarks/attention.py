@@ -1,0 +1,147 @@
+"""Attention and the KV write: ours against vLLM's CPU kernels and torch's SDPA, in one run.
+
+    python benchmarks/attention.py [--json FILE]
+
+32 query heads, 8 KV heads, head size 128, bfloat16. Caches are larger than the CPU's: decode reads memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.*)
+
+HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
+REPEATS = 7
+
+
+def medians(functions: dict) -> dict[str, float]:
+    """Milliseconds of each, interleaved."""
+    times = {name: [] for name in functions}
+    for round_ in range(REPEATS + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bandwidth() -> float:
+    """Bytes per millisecond of a plain read, all threads."""
+    buffer = torch.ones(1 << 28, dtype=torch.uint8).view(torch.float32)
+    return buffer.nbytes / medians({"read": buffer.sum})["read"]
+
+
+class Batch:
+    """Sequences of `kv_len` tokens of which the last `q_len` are queries, in our caches and in vLLM's."""
+
+    def __init__(self, sequences: int, kv_len: int, q_len: int):
+        blocks = kv_len // BLOCK
+        self.q = torch.randn(sequences * q_len, HEADS, DIM).bfloat16()
+        self.table = torch.randperm(sequences * blocks).view(sequences, blocks).to(torch.int32)
+        self.starts = torch.arange(sequences + 1, dtype=torch.int32) * q_len
+        self.lens = torch.full((sequences,), kv_len, dtype=torch.int32)
+        self.shape = sequences * blocks, KV_HEADS, BLOCK, DIM
+        self.k, self.v = (torch.randn(self.shape).bfloat16() for _ in range(2))
+
+    def ours(self, kind: str = "float"):
+        k, v, scales = self.k, self.v, {}
+        if kind != "float":
+            dims = {"tensor": (0, 1, 2, 3), "token_head": (3,)}[kind]
+            for name, x in (("k", k), ("v", v)):
+                scale = x.float().abs().amax(dims, keepdim=True) / 127
+                scales[f"{name}_scale"] = scale.view(1) if kind == "tensor" else scale.squeeze(-1)
+            k, v = (
+                (x.float() / (s if s.numel() == 1 else s.unsqueeze(-1))).round().to(torch.int8)
+                for x, s in zip((k, v), scales.values(), strict=True)
+            )
+        call = torch.ops.gcu.paged_attention
+        return lambda: call(self.q, k, v, self.table, self.starts, self.lens, scale=DIM**-0.5, **scales)
+
+    def vllm(self, kind: str = "auto"):
+        from vllm import _custom_ops as ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        isa = _get_attn_isa(torch.bfloat16, BLOCK, DIM, kind)
+        dtype = torch.bfloat16 if kind == "auto" else torch.uint8
+        k, v = (torch.empty(self.shape, dtype=dtype) for _ in range(2))
+        slots = torch.arange(self.shape[0] * BLOCK)
+        rows = [x.transpose(1, 2).reshape(-1, KV_HEADS, DIM).contiguous() for x in (self.k, self.v)]
+        ops.cpu_attn_reshape_and_cache(*rows, k, v, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype=kind)
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(self.lens), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, seq_lens=self.lens,
+            dtype=torch.bfloat16, query_start_loc=self.starts, causal=True, sliding_window_size=-1, isa=isa,
+            enable_kv_split=True, dynamic_causal=None, kv_cache_dtype=kind,
+        )  # fmt: skip
+        output = torch.empty_like(self.q)
+
+        def run():
+            ops.cpu_attention_with_kv_cache(
+                query=self.q, key_cache=k, value_cache=v, output=output, query_start_loc=self.starts,
+                seq_lens=self.lens, scale=DIM**-0.5, causal=True, alibi_slopes=None, sliding_window=-1,
+                block_table=self.table, softcap=0.0, scheduler_metadata=plan, s_aux=None, dynamic_causal=None,
+                k_scale=1.0, v_scale=1.0, kv_cache_dtype=kind,
+            )  # fmt: skip
+            return output
+
+        return run
+
+    def sdpa(self):
+        """One sequence, dense, causal from its first token on."""
+        q = self.q.unsqueeze(0).transpose(1, 2).contiguous()
+        k, v = (x[self.table[0].long()].transpose(0, 1).reshape(1, KV_HEADS, -1, DIM) for x in (self.k, self.v))
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def dense(self):
+        q = self.q.unsqueeze(0).transpose(1, 2).contiguous()
+        k, v = (x[self.table[0].long()].transpose(0, 1).reshape(1, KV_HEADS, -1, DIM) for x in (self.k, self.v))
+        return lambda: torch.ops.gcu.attention(q, k, v, scale=DIM**-0.5, causal=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    speed = bandwidth()
+    print(f"read bandwidth {speed / 1e6:.1f} GB/s, {torch.get_num_threads()} threads")
+    decode, prefill = Batch(8, 4096, 1), Batch(1, 2048, 2048)
+    torch.testing.assert_close(decode.ours()(), decode.vllm()(), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(prefill.ours()(), prefill.sdpa()()[0].transpose(0, 1), rtol=2e-2, atol=2e-2)
+    tables = {
+        "decode, 8 sequences of 4096": {
+            "ours bf16 KV": decode.ours(),
+            "ours int8 KV": decode.ours("tensor"),
+            "ours int8 KV, per token and head": decode.ours("token_head"),
+            "vLLM bf16 KV": decode.vllm(),
+            "vLLM fp8 KV": decode.vllm("fp8"),
+        },
+        "causal prefill of 2048": {
+            "ours paged": prefill.ours(),
+            "ours dense": prefill.dense(),
+            "vLLM": prefill.vllm(),
+            "torch SDPA": prefill.sdpa(),
+        },
+    }
+    results = {"read_bandwidth_gb_s": speed / 1e6}
+    for title, functions in tables.items():
+        found = results[title] = medians(functions)
+        print(f"\n{title}\n")
+        for name, value in found.items():
+            print(f"  {name:36} {value:8.2f} ms")
+    cache = decode.k.nbytes + decode.v.nbytes
+    share = cache / results["decode, 8 sequences of 4096"]["ours bf16 KV"] / speed
+    print(f"\nbf16 KV read at {share:.2f} of bandwidth")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The C++ kernels of attention against the meaning in float64: all options pairwise, every instruction set."""
+
+import pytest
+import torch
+from covering import pairwise
+from paged_case import case, double
+
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.attention import dense, paged
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.tolerance import tolerance
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if build.host_isa() in (isa, "amx") or isa == "portable" or (
+    isa == "avx2" and build.host_isa() == "avx512")]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LENS = {
+    "decode": ([17, 1, 128, 300], [1, 1, 1, 1]),
+    "verify": ([17, 5, 300], [4, 5, 3]),
+    "prefill": ([1, 33, 130], [1, 33, 130]),
+    "mixed": ([1, 33, 0, 17, 48, 5, 310], [1, 33, 0, 1, 7, 0, 150]),
+}
+CACHES = [("float", False), *((kind, zero) for kind in ("tensor", "head", "token_head") for zero in (False, True))]
+PAGED = pairwise(
+    {
+        "isa": ISAS,
+        "dtype": DTYPES,
+        "cache": CACHES,
+        "sizes": [*((n, n) for n in (32, 64, 80, 112, 120, 128, 256)), (96, 64), (192, 128), (33, 7)],
+        "heads": [(1, 1), (4, 4), (6, 2), (7, 1), (16, 2), (100, 1)],
+        "block_size": [1, 16, 32, 128],
+        "lens": list(LENS),
+        "causal": [True, False],
+        "window": [None, 1, 40],
+        "soft_cap": [0.0, 3.0],
+        "alibi": [False, True],
+        "sinks": [False, True],
+        "padding": [0, 3],
+    }
+)
+
+
+def name(row):
+    return "-".join(str(value).replace("torch.", "") for value in row.values()).replace(" ", "")
+
+
+def extras(row, heads):
+    source = torch.Generator().manual_seed(1)
+    found = {"causal": row["causal"], "window": row["window"], "soft_cap": row["soft_cap"]}
+    if row["alibi"]:
+        found["alibi_slopes"] = torch.rand(heads, generator=source) * 0.3
+    if row["sinks"]:
+        found["sinks"] = torch.randn(heads, generator=source)
+    return found
+
+
+def ran(op):
+    return registry.calls[op, "host_cpp"]
+
+
+@pytest.mark.parametrize("row", PAGED, ids=name)
+def test_paged_covering_array(row, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+    (heads, kv_heads), (head_dim, v_dim), (kind, zero) = row["heads"], row["sizes"], row["cache"]
+    batch = case(*LENS[row["lens"]], heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, cache=kind,
+                 block_size=row["block_size"], dtype=row["dtype"], zero=zero, padding=row["padding"])  # fmt: skip
+    arguments = {**batch.arguments, **extras(row, heads)}
+    before = ran("paged_attention")
+    got = torch.ops.gcu.paged_attention(**arguments)
+    assert ran("paged_attention") == before + 1
+    length = max(head_dim, max(LENS[row["lens"]][0]))
+    torch.testing.assert_close(got.double(), paged.eager(**double(arguments)), **tolerance(row["dtype"], length))
+
+
+DENSE = pairwise(
+    {
+        "isa": ISAS,
+        "dtype": DTYPES,
+        "sizes": [(64, 64), (80, 80), (72, 40), (128, 128), (1, 1)],
+        "heads": [(1, 1), (4, 4), (6, 2)],
+        "lengths": [(1, 1), (1, 77), (130, 130), (37, 300), (300, 37), (5, 0)],
+        "bias": [None, "bool", "float", "same", "row", "key_last"],
+        "causal": [True, False],
+        "offset": [0, 9, -4],
+        "window": [None, 1, 40],
+        "soft_cap": [0.0, 3.0],
+        "alibi": [False, True],
+        "sinks": [False, True],
+        "layout": ["contiguous", "transposed", "strided"],
+    }
+)
+
+
+def bias_of(kind, dtype, shape):
+    batch, heads, q_len, kv_len = shape
+    source = torch.Generator().manual_seed(2)
+    if kind in ("bool", "key_last"):
+        keep = torch.rand(batch, 1, q_len, kv_len, generator=source) < 0.7
+        return keep.transpose(2, 3).contiguous().transpose(2, 3) if kind == "key_last" else keep
+    if kind == "row":  # a padding mask of keys
+        return torch.where(torch.rand(batch, 1, 1, kv_len, generator=source) < 0.7, 0.0, -torch.inf)
+    found = torch.randn(batch if kind == "same" else 1, heads, q_len, kv_len, generator=source)
+    return found.to(dtype) if kind == "same" else found
+
+
+@pytest.mark.parametrize("row", DENSE, ids=name)
+def test_dense_covering_array(row, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+    (heads, kv_heads), (head_dim, v_dim), (q_len, kv_len) = row["heads"], row["sizes"], row["lengths"]
+    source = torch.Generator().manual_seed(3)
+
+    def random(heads, length, size):
+        shape = (2, length, heads, size) if row["layout"] == "transposed" else (2, heads, length, size)
+        x = torch.randn(shape, generator=source)
+        if row["layout"] == "strided":
+            x = x.transpose(2, 3).contiguous().transpose(2, 3)  # values of a head are not adjacent
+        return (x.transpose(1, 2) if row["layout"] == "transposed" else x).to(row["dtype"])
+
+    q, k, v = random(heads, q_len, head_dim), random(kv_heads, kv_len, head_dim), random(kv_heads, kv_len, v_dim)
+    asked = {**extras(row, heads), "causal_offset": row["offset"], "scale": head_dim**-0.5}
+    if row["bias"]:
+        asked["bias"] = bias_of(row["bias"], row["dtype"], (2, heads, q_len, kv_len))
+    before = ran("attention")
+    got = torch.ops.gcu.attention(q, k, v, **asked)
+    assert ran("attention") == before + 1 and got.dtype == row["dtype"]
+    wide = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in asked.items()}
+    expected = dense.eager(q.double(), k.double(), v.double(), **wide)
+    torch.testing.assert_close(got.double(), expected, **tolerance(row["dtype"], max(head_dim, kv_len)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache", ["float", "token_head"])
+def test_context_of_32k_is_cut_into_parts(dtype, cache, monkeypatch):
+    batch = case([32768 - 5], [2], heads=4, kv_heads=2, head_dim=64, dtype=dtype, cache=cache, block_size=64)
+    expected = paged.eager(**double(batch.arguments))
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        got = torch.ops.gcu.paged_attention(**batch.arguments)
+        torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 32768))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_output_is_the_float_one_quantised(dtype):
+    batch = case(*LENS["mixed"], dtype=dtype, padding=2)
+    got, scale = torch.ops.gcu.paged_attention_int8(**batch.arguments)
+    expected, expected_scale = paged.quantise_rows(torch.ops.gcu.paged_attention(**batch.arguments))
+    torch.testing.assert_close(scale, expected_scale, **tolerance(torch.float32))
+    assert (got.int() - expected.int()).abs().max() <= 1 and (got != expected).float().mean() < 0.01
+
+
+def test_cache_of_any_strides():
+    """vLLM's layout: keys and values of a head side by side, blocks first."""
+    batch = case(*LENS["mixed"], dtype=torch.bfloat16)
+    expected = torch.ops.gcu.paged_attention(**batch.arguments)
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3], [2, 0, 1, 3]):
+        both = torch.cat([batch.arguments["k_cache"], batch.arguments["v_cache"]], -1).permute(order).contiguous()
+        k, v = both.permute([order.index(i) for i in range(4)]).chunk(2, -1)
+        again = torch.ops.gcu.paged_attention(**{**batch.arguments, "k_cache": k, "v_cache": v})
+        assert torch.equal(again, expected)
+
+
+def test_nan_and_huge_values_are_not_hidden():
+    q, k, v = (torch.randn(1, 2, 5, 32) for _ in range(3))
+    q[0, 1, 2, 3] = torch.nan
+    got = torch.ops.gcu.attention(q, k, v, scale=1.0)
+    assert got[0, 1, 2].isnan().all() and got.isnan().sum() == 32
+    big = torch.ops.gcu.attention(k * 1e4, k, v, scale=1.0)
+    torch.testing.assert_close(big.double(), dense.eager((k * 1e4).double(), k.double(), v.double(), scale=1.0))
