@@ -15,12 +15,15 @@ import sympy
 import torch
 from torch._inductor.loop_body import MemoryUsageType
 from torch._inductor.virtualized import V
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv, Identity, ModularIndexing
 
 from gcu_compile.codegen.tiling import Pattern
 
 LOADS = (MemoryUsageType.LOAD,)
 STORES = (MemoryUsageType.STORE, MemoryUsageType.STORE_REDUCTION)
+# A cut inside a row that leaves shorter runs than this is not made: slices of a few elements, each with its setup,
+# cost more than gathering them.
+SHORTEST_RUN = 32
 INDEX_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -54,13 +57,16 @@ def chain(nodes: Iterable[Any], numel: Any, rnumel: Any) -> Chain:
     total = numel * rnumel
     points: dict[int, sympy.Expr] = {1: sympy.S.One, hint(total): sympy.sympify(total)}
     points.setdefault(hint(rnumel), sympy.sympify(rnumel))
-    needed = set(points)
+    needed, short = set(points), set()
     for node in nodes:
         for variable, position, _ in _variables(node, numel, rnumel):
             points.setdefault(hint(position), position)
             for index in _indices(node).values():
                 for cut in _cuts_of(index, variable):
-                    points.setdefault(hint(position * cut), position * cut)
+                    if hint(position * cut) >= SHORTEST_RUN:
+                        points.setdefault(hint(position * cut), position * cut)
+                    elif hint(position * cut) not in points:
+                        short.add(hint(position * cut))
     kept: list[int] = []
     uneven = []
     for at in sorted(points):
@@ -71,7 +77,7 @@ def chain(nodes: Iterable[Any], numel: Any, rnumel: Any) -> Chain:
             kept.append(at)
         else:
             uneven.append(at)
-    return Chain(tuple((points[at], at) for at in kept), tuple(uneven))
+    return Chain(tuple((points[at], at) for at in kept), tuple(sorted({*uneven, *(short - set(kept))})))
 
 
 def patterns(nodes: Iterable[Any], numel: Any, rnumel: Any, found: Chain) -> list[Pattern]:
@@ -98,7 +104,13 @@ def patterns(nodes: Iterable[Any], numel: Any, rnumel: Any, found: Chain) -> lis
 
 
 def _indices(node: Any) -> dict[str, sympy.Expr]:
-    return node._body.indexing_exprs
+    """Indices by name, without the wrappers that keep a subexpression whole."""
+    return {name: plain(index) for name, index in node._body.indexing_exprs.items()}
+
+
+def plain(index: sympy.Expr) -> sympy.Expr:
+    """`index` without `Identity`."""
+    return index.replace(Identity, lambda inner: inner) if index.has(Identity) else index
 
 
 def _variables(node: Any, numel: Any, rnumel: Any) -> list[tuple[sympy.Symbol, sympy.Expr, sympy.Expr]]:

@@ -27,6 +27,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, ModularIndexing
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from gcu_compile.codegen.analysis_private import plain
 from gcu_compile.codegen.overrides_private import GcuOverrides
 from gcu_compile.codegen.reduction_private import Reductions
 from gcu_compile.codegen.tiling import Tiling
@@ -189,7 +190,7 @@ class GcuKernel(Reductions, TritonKernel):
 
     def cut(self, index: Any) -> Any:
         """Quotients and remainders of a position, as positions of their own that the tree computes from scalars."""
-        known, replaced = V.graph.sizevars, {}
+        known, replaced, index = V.graph.sizevars, {}, plain(index)
         for part in index.atoms(FloorDiv, ModularIndexing):
             entry = self.range_tree_nodes.get(part.args[0])
             if entry is None:
@@ -224,7 +225,8 @@ class GcuKernel(Reductions, TritonKernel):
             masks.add(self._load_mask)
             wide = get_broadcasted_shape(shape, tuple(self._load_mask.shape))
             if wide != shape:
-                text = f"tl.broadcast_to({text}, [{', '.join(map(str, wide))}])"
+                size = f"[{', '.join(map(str, wide))}]"
+                text = f"tl.broadcast_to({text}, {size})" if shape else f"tl.full({size}, {text}, tl.int32)"
                 shape = wide
         self.filter_masks(masks)
         return IndexingOptions(text, masks, None, reduced, index, expand_shape=shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from gcu_compile.errors import UnknownNameError
@@ -41,7 +42,8 @@ class Cost:
 
     bytes_read, bytes_written: DRAM traffic in bytes, masked elements included. dot_operations: multiplications and
     additions. vector_operations: elementwise results, in f32 equivalents. slices, gathered: DMA slices and gathered
-    elements. times: microseconds by bound. unknown_loops: source lines of loops counted once, because their length
+    elements. times: microseconds by bound. gathered_bytes: of the traffic, what was gathered. unknown_loops: source
+    lines of loops counted once, because their length
     is not known from the constants and `values`.
     """
 
@@ -54,6 +56,7 @@ class Cost:
     launches: int
     active_sips: int
     times: Mapping[str, float]
+    gathered_bytes: int = 0
     unknown_loops: tuple[int, ...] = field(default=())
 
     @property
@@ -100,7 +103,7 @@ def predict(
     programs = launch.programs * launches
     sips = max(1, min(launch.programs * launch.num_warps, profile.value("sip_count")))
     share = sips / profile.value("sip_count")
-    traffic = (count.read + count.written) * programs
+    read, written = round(count.read * programs), round(count.written * programs)
     dma_us = (
         count.slices * profile.value("dma_setup_cost")
         + count.runs * profile.value("dma_row_cost") / 1e3
@@ -111,21 +114,22 @@ def predict(
     dot_us = sum(work / (rates.get(kind, slowest) * 1e6) for kind, work in count.dots.items())
     times = {
         "launch": float(launches * profile.value("launch_cost")),
-        "dram": traffic / (profile.value("dram_bandwidth") * 1e3),
+        "dram": (read + written) / (profile.value("dram_bandwidth") * 1e3),
         "dma": dma_us * programs / sips,
         "dot": dot_us * programs / share,
         "vector": count.vector * programs / (profile.value("vector_rate") * 1e3) / share,
     }
     return Cost(
-        count.read * programs,
-        count.written * programs,
-        sum(count.dots.values()) * programs,
+        read,
+        written,
+        round(sum(count.dots.values()) * programs),
         round(count.vector * programs),
-        count.slices * programs,
-        count.gathered * programs,
+        round(count.slices * programs),
+        round(count.gathered * programs),
         launches,
         sips,
         times,
+        round(count.gathered_bytes * programs),
         tuple(sorted(count.unknown)),
     )
 
@@ -135,20 +139,20 @@ class _Count:
 
     def __init__(self, function: Function, profile: Profile, launch: Launch, values: Mapping[str, int]):
         self.function, self.profile, self.launch, self.values = function, profile, launch, values
-        self.read = self.written = self.slices = self.runs = self.gathered = 0
+        self.read = self.written = self.slices = self.runs = self.gathered = self.gathered_bytes = 0
         self.vector = 0.0
-        self.dots: dict[str, int] = {}
+        self.dots: dict[str, int | Fraction] = {}
         self.unknown: set[int] = set()
-        self.trips: dict[Op, int] = {}
+        self.trips: dict[Op, int | Fraction] = {}
         for op in function.walk():
             if any(around.name in ("tt.reduce", "tt.scan") for around in op.ancestors()):
                 continue
-            times = 1
+            times: int | Fraction = 1
             for around in op.ancestors():
                 times *= self.trip_count(around)
             self.add(op, times)
 
-    def add(self, op: Op, times: int) -> None:
+    def add(self, op: Op, times: int | Fraction) -> None:
         if op.name in ACCESSES:
             self.access(examine(op, self.profile), times)
         elif op.name == "tt.dot":
@@ -159,7 +163,7 @@ class _Count:
         elif _computes(op):
             self.vector += _lanes(op.result) * times
 
-    def access(self, access: Access, times: int) -> None:
+    def access(self, access: Access, times: int | Fraction) -> None:
         kept = [1 if s == 0 else n for n, s in zip(access.shape, access.strides or access.shape, strict=True)]
         elements = 1
         for size in kept:
@@ -171,6 +175,7 @@ class _Count:
             self.read += moved
         if access.verdict in (GATHER, ATOMIC) or access.verdict == "abort":
             self.gathered += elements * times
+            self.gathered_bytes += moved
             return
         self.slices += times
         run = elements if access.verdict == SCALAR else self.run(access)
@@ -181,8 +186,11 @@ class _Count:
         """Contiguous elements: all of a row, or the innermost dimension of a block pointer's tile."""
         return access.run if access.strides is not None else access.shape[-1]
 
-    def trip_count(self, loop: Op) -> int:
-        """Iterations of a loop in program 0; 1 for what is no loop or has no known length."""
+    def trip_count(self, loop: Op) -> int | Fraction:
+        """Iterations of a loop in program 0; 1 for what is no loop or has no known length.
+
+        A grid-stride loop, from the program's number in steps of the number of programs, counts as the average of all.
+        """
         if loop.name == "scf.while":
             self.unknown.add(loop.location.line)
         if loop.name != "scf.for":
@@ -192,7 +200,10 @@ class _Count:
             known = None not in (low, high, step) and step
             if not known:
                 self.unknown.add(loop.location.line)
-            self.trips[loop] = max(0, -(-(high - low) // step)) if known else 1
+            if known and _grid_stride(loop):
+                self.trips[loop] = max(Fraction(0), Fraction(high, step))
+            else:
+                self.trips[loop] = max(0, -(-(high - low) // step)) if known else 1
         return self.trips[loop]
 
     def number(self, value: Value) -> int | None:
@@ -215,6 +226,11 @@ class _Count:
             left, right = (self.number(operand) for operand in op.operands)
             return None if left is None or right is None else BINARY[op.name](left, right)
         return None
+
+
+def _grid_stride(loop: Op) -> bool:
+    start, step = loop.operands[0].op, loop.operands[2].op
+    return bool(start and step) and (start.name, step.name) == ("tt.get_program_id", "tt.get_num_programs")
 
 
 def _lanes(value: Value) -> float:

@@ -15,8 +15,8 @@ sys.path.insert(0, str(HERE))
 from cases import CASES  # noqa: E402
 
 PROFILE = load_profile("gcu300")
-# What only a gather can do: an index for each element.
-GATHERS = {"gathered"}
+# An index for each element; and pairs, whose slices would be of two elements (analysis_private.SHORTEST_RUN).
+GATHERS = {"gathered", "unpack_int4"}
 VENDOR = {"top_choices": "aten.topk.default", "largest": "aten.argmax.default"}
 
 

@@ -28,7 +28,7 @@ def source_of(function, shapes):
             for name, (shape, dtype) in zip(function.__code__.co_varnames, shapes, strict=False)
         }
         gm, inputs = cross_private.capture(function, arguments)
-        source = cross_private.generate(gm, inputs, LoweringPass(OPTIONS, "gcu300"))
+        source = cross_private.generate(gm, inputs, LoweringPass(OPTIONS, "gcu300")).source
         order = [node.target.strip("_")[2:] for node in gm.graph.nodes if node.op == "placeholder"]
         return source, order
 
