@@ -79,9 +79,7 @@ def serve(model: str, caches: Path, stock: bool, arguments: argparse.Namespace) 
         stream(address, name, 0, arguments.tokens)
         begin = time.perf_counter()
         with ThreadPoolExecutor(arguments.clients) as pool:
-            said = list(
-                pool.map(lambda n: stream(address, name, n, arguments.tokens), range(arguments.requests))
-            )
+            said = list(pool.map(lambda n: stream(address, name, n, arguments.tokens), range(arguments.requests)))
         seconds = time.perf_counter() - begin
     finally:
         server.send_signal(signal.SIGTERM)
