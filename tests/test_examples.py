@@ -1,4 +1,4 @@
-"""The example that needs no vLLM runs as it stands; the others are run by `tests/vllm/`."""
+"""The example that needs no vLLM runs as it stands; `tests/vllm/` runs the others."""
 
 import re
 import subprocess
