@@ -1,6 +1,6 @@
 """`torch.compile(backend="gcu")`: from a Dynamo graph to a compiled callable.
 
-    options -> target -> AOTAutograd -> Inductor's post-grad passes with our lowering in them -> code
+    options -> target -> AOTAutograd -> our lowering -> Inductor's passes -> code
 
 A graph that needs gradients goes through Inductor without our inference-only rules, and its report says so.
 """

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
 __all__ = [
@@ -106,7 +106,7 @@ def phase_seconds() -> dict[str, float]:
     def spent(*names: str) -> float:
         return sum(sum(times.get(name, ())) for name in names)
 
-    ours = spent("pass.post_grad_passes.post_grad_custom_pre_pass")
+    ours = spent("pass.joint_graph_passes.joint_custom_pre_pass")
     passes = spent("_recursive_pre_grad_passes", "_recursive_joint_graph_passes", "_recursive_post_grad_passes")
     code = spent("GraphLowering.codegen")
     return {
@@ -118,6 +118,28 @@ def phase_seconds() -> dict[str, float]:
     }
 
 
+class BeforeInductorsPasses(CustomGraphPass):
+    """Runs `lowering` before any pass of Inductor's, on the graph as AOTAutograd decomposed it.
+
+    Inductor's joint-graph passes run for inference too, and before the post-grad ones. They turn decomposed
+    attention into other spellings of SDPA where one of their numbered patterns fits, and split softmaxes of scaled
+    scores. From a post-grad pass a rule would meet either form, depending on sizes and versions; from here it meets
+    what the model wrote, the same that `compile_eagerly` and a graph without Inductor give.
+
+    Of a graph that needs gradients this is the joint graph, known by its inputs called tangents.
+    """
+
+    def __init__(self, lowering: CustomInferenceAwareGraphPass):
+        self.lowering = lowering
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        is_joint = any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes)
+        self.lowering(graph, is_inference=not is_joint)
+
+    def uuid(self) -> Any:
+        return self.lowering.uuid()
+
+
 def compile_with_inductor(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
@@ -126,15 +148,15 @@ def compile_with_inductor(
     learn: Callable[[Generated], None],
     provenance: bool = False,
 ):
-    """Inductor with `lowering` as the first of its post-grad passes.
+    """Inductor with `lowering` as the first of its passes on the ATen graph that AOTAutograd made.
 
     Args:
-        lowering: a `CustomInferenceAwareGraphPass`.
+        lowering: a `CustomInferenceAwareGraphPass`; see `BeforeInductorsPasses` for when it runs.
         cache: whether Inductor keeps and reuses its artifacts.
         learn: called with what was generated for each graph; not called when the cache held the whole.
         provenance: let Inductor record which nodes each kernel computes.
     """
-    patches: dict[str, Any] = {"post_grad_custom_pre_pass": lowering}
+    patches: dict[str, Any] = {"joint_custom_pre_pass": BeforeInductorsPasses(lowering)}
     if not cache:
         patches["fx_graph_cache"] = False
     if provenance:

@@ -1,6 +1,6 @@
 """Graph to graph: the pipeline of named steps, the rules, the invariants.
 
-`pipeline.lower(graph_module, context)` works in place on a functional post-grad ATen graph.
+`pipeline.lower(graph_module, context)` works in place on a functional ATen graph.
 """
 
 from __future__ import annotations

@@ -291,7 +291,10 @@ def number_of(value: Any) -> float | int | None:
     if value.op == "get_attr":
         constant = getattr(value.graph.owning_module, str(value.target), None)
         plain = isinstance(constant, torch.Tensor) and not torch._subclasses.fake_tensor.is_fake(constant)
-        return constant.item() if plain and constant.numel() == 1 and constant.dtype != torch.bool else None
+        if not plain or constant.numel() != 1 or constant.dtype == torch.bool:
+            return None
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            return constant.item()
     if value.target is aten.full.default:
         return number_of(value.args[1])
     if value.target is aten.scalar_tensor.default:

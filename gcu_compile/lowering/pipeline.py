@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import torch
 
 from gcu_compile.errors import UnknownNameError
-from gcu_compile.lowering import invariants
+from gcu_compile.lowering import fakes, invariants
 from gcu_compile.lowering.context import Context, MatchRecord, StepRecord
 from gcu_compile.lowering.legalise import legalise
 from gcu_compile.lowering.provenance import inherit, layer_of, source_line
@@ -22,7 +23,7 @@ WHOLE = {"legalise": (legalise, ("gcu300", "gcu400"))}
 
 
 def lower(gm: torch.fx.GraphModule, context: Context) -> None:
-    """Lower `gm`, a functional post-grad ATen graph, in place.
+    """Lower `gm`, a functional ATen graph, in place.
 
     Raises:
         UnknownNameError: an option names a step or rule that does not exist.
@@ -96,14 +97,25 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
         elif rule.build is None:
             record.by = "inductor"
         else:
-            size = len(gm.graph.nodes)
-            with gm.graph.inserting_before(node):
-                new = rule.build(gm.graph, node, match)
-            inherit(new, node)
-            if len(gm.graph.nodes) > size:  # a canonical form may be a node that was there
-                new.meta.setdefault("gcu_rule", rule.name)
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
+            rewrite(rule, gm.graph, node, match)
+
+
+def rewrite(rule: Rule, graph: torch.fx.Graph, node: torch.fx.Node, match: Any) -> None:
+    """Put what `rule` builds in the place of `node`. New nodes get provenance and fake values."""
+    before = node.prev
+    with graph.inserting_before(node):
+        new = rule.build(graph, node, match)
+    made = []
+    while before.next is not node:
+        before = before.next
+        made.append(before)
+    for one in made:
+        inherit(one, node)
+    if new in made:  # a canonical form may be a node that was there
+        new.meta.setdefault("gcu_rule", rule.name)
+    fakes.fill(made)
+    fakes.replace(node, new)
+    graph.erase_node(node)
 
 
 def op_counts(gm: torch.fx.GraphModule) -> Counter[str]:
