@@ -126,15 +126,30 @@ class BeforeInductorsPasses(CustomGraphPass):
     scores. From a post-grad pass a rule would meet either form, depending on sizes and versions; from here it meets
     what the model wrote, the same that `compile_eagerly` and a graph without Inductor give.
 
-    Of a graph that needs gradients this is the joint graph, known by its inputs called tangents.
+    Of a graph that needs gradients this is the joint graph, known by its inputs called tangents. It is left alone:
+    `lowering` is told of its two parts, forward and backward, when they are apart (`TellsOfTraining`).
     """
 
     def __init__(self, lowering: CustomInferenceAwareGraphPass):
         self.lowering = lowering
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        is_joint = any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes)
-        self.lowering(graph, is_inference=not is_joint)
+        if not any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes):
+            self.lowering(graph, is_inference=True)
+
+    def uuid(self) -> Any:
+        return self.lowering.uuid()
+
+
+class TellsOfTraining(CustomInferenceAwareGraphPass):
+    """Calls `lowering` for the forward and the backward graph of a model that is trained."""
+
+    def __init__(self, lowering: CustomInferenceAwareGraphPass):
+        self.lowering = lowering
+
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
+        if not is_inference:
+            self.lowering(graph, is_inference=False)
 
     def uuid(self) -> Any:
         return self.lowering.uuid()
@@ -156,7 +171,10 @@ def compile_with_inductor(
         learn: called with what was generated for each graph; not called when the cache held the whole.
         provenance: let Inductor record which nodes each kernel computes.
     """
-    patches: dict[str, Any] = {"joint_custom_pre_pass": BeforeInductorsPasses(lowering)}
+    patches: dict[str, Any] = {
+        "joint_custom_pre_pass": BeforeInductorsPasses(lowering),
+        "post_grad_custom_pre_pass": TellsOfTraining(lowering),
+    }
     if not cache:
         patches["fx_graph_cache"] = False
     if provenance:
