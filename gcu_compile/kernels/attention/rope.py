@@ -7,7 +7,9 @@ import torch
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
 from gcu_compile.kernels.attention.softmax import compute_dtype
+from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
+from gcu_compile.options import resolve
 
 SCHEMA = (
     "(Tensor qkv, Tensor cos_sin, Tensor? positions, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -53,6 +55,11 @@ def check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, 
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and norm.shape != (head_dim,):
             raise checks.invalid(op, name, norm.shape, f"[{head_dim}]")
+    sides(op, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache)
+
+
+def sides(op, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache) -> None:
+    """Raise `InvalidInputError` for scales that do not fit their cache."""
     for name, cache, scale, zero, scales in (
         ("k", k_cache, k_scale, k_zero_point, k_scale_cache),
         ("v", v_cache, v_scale, v_zero_point, v_scale_cache),
@@ -60,11 +67,13 @@ def check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, 
         if scales is None:
             checks.scales(op, name, cache, scale, zero)
             if scale is not None and scale.dim() == 3:
-                raise checks.invalid(op, f"{name}_scale", scale.shape, f"one number or [{kv_heads}]; scales per token "
-                                     f"and head are computed: pass {name}_scale_cache")  # fmt: skip
-        elif cache.dtype != torch.int8 or scale is not None or zero is not None or scales.shape != cache.shape[:3]:
-            raise checks.invalid(op, f"{name}_scale_cache", scales.shape, f"float32 {tuple(cache.shape[:3])} for an "
-                                 "int8 cache, without scale and zero point")  # fmt: skip
+                expected = f"one number or [{cache.shape[1]}]; scales per token and head go into {name}_scale_cache"
+                raise checks.invalid(op, f"{name}_scale", scale.shape, expected)
+            continue
+        wrong = cache.dtype != torch.int8 or scale is not None or zero is not None or scales.dtype != torch.float32
+        if wrong or scales.shape != cache.shape[:3]:
+            expected = f"float32 {tuple(cache.shape[:3])} for an int8 cache, without scale and zero point"
+            raise checks.invalid(op, f"{name}_scale_cache", f"{scales.dtype} {tuple(scales.shape)}", expected)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -181,10 +190,32 @@ def accumulation(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs
     return k_cache.shape[3]
 
 
-def _run_triton(*args, **kwargs) -> torch.Tensor:
-    check(*args, **kwargs)
-    return triton.run(*args, **kwargs)
+def _refuses_host(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs) -> str | None:
+    return host.refuses(qkv, k_cache, cos_sin)
 
 
+def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, *args,
+              **kwargs) -> torch.Tensor:  # fmt: skip
+    given = (qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, *args)
+    check(*given, **kwargs)
+    if resolve().debug_checks:
+        values(qkv, cos_sin, positions, slot_mapping, k_cache)
+    q_size, k_size = heads_of(qkv, k_cache, v_cache) * k_cache.shape[3], k_cache.shape[1] * k_cache.shape[3]
+    q, k, v = qkv[:, :q_size], qkv[:, q_size : q_size + k_size], qkv[:, q_size + k_size :]
+    named = {"cos_sin": cos_sin, "positions": positions, "q_norm": q_norm, "k_norm": k_norm}
+    done, out = host.run(q, k, v, slot_mapping, k_cache, v_cache, *args, **named, **kwargs)
+    if not done:  # the kernel met a slot or a position out of range: the check that names it
+        values(qkv, cos_sin, positions, slot_mapping, k_cache)
+    return out
+
+
+def _run_triton(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs) -> torch.Tensor:
+    check(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
+    if resolve().debug_checks:  # a kernel on a device cannot raise
+        values(qkv, cos_sin, positions, slot_mapping, k_cache)
+    return triton.run(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
+
+
+HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
-OP = registry.register(registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation, (TRITON,)))
+OP = registry.register(registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation, (HOST, TRITON)))

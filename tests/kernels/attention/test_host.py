@@ -3,15 +3,12 @@
 import pytest
 import torch
 from covering import pairwise
-from paged_case import case, double
+from paged_case import ISAS, case, double
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import dense, paged
-from gcu_compile.kernels.host import build
 from gcu_compile.kernels.tolerance import tolerance
 
-ISAS = [isa for isa in ("portable", "avx2", "avx512") if build.host_isa() in (isa, "amx") or isa == "portable" or (
-    isa == "avx2" and build.host_isa() == "avx512")]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENS = {
     "decode": ([17, 1, 128, 300], [1, 1, 1, 1]),

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from covering import pairwise
+from paged_case import ISAS
 
 from gcu_compile.errors import InvalidInputError
-from gcu_compile.kernels.attention import rope
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.attention import rope, write
 from gcu_compile.kernels.tolerance import tolerance
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, BLOCKS, BLOCK_SIZE = 9, 6, 2, 32, 4, 16
@@ -91,6 +94,96 @@ def test_int8_writes_are_within_half_a_step(kind):
         assert ((back - exact).abs() <= scale * 0.5001).all()
 
 
+HOST = pairwise(
+    {
+        "isa": ISAS,
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "cache": ["float", "tensor", "head", "zero", "token_head"],
+        "rotary": [HEAD_DIM, 12, 0],
+        "v_dim": [HEAD_DIM, 20],
+        "interleaved": [False, True],
+        "norms": [False, True],
+        "rows": [False, True],
+    }
+)
+
+
+@pytest.mark.parametrize("row", HOST, ids=lambda row: "-".join(map(str, row.values())).replace("torch.", ""))
+def test_host_covering_array(row, monkeypatch):
+    """The C++ kernel against the meaning in float64; int8 within half a step and what the norm's rounding moves."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+    dtype, kind = row["dtype"], row["cache"]
+    a = inputs(dtype, None if kind == "float" else torch.int8, row["rotary"], row["v_dim"])
+    if row["rows"]:
+        a["cos_sin"], a["positions"] = a["cos_sin"][a["positions"]], None
+    if row["norms"]:
+        a |= {f"{n}_norm": torch.rand(HEAD_DIM, generator=torch.Generator().manual_seed(4)) + 0.5 for n in "qk"}
+    wide = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in a.items()}
+    wide |= {f"{n}_cache": wide[f"{n}_cache"].double() for n in "kv"}
+    points = torch.tensor([3, -5], dtype=torch.int32)
+    if kind == "token_head":
+        a |= {f"{n}_scale_cache": torch.zeros(BLOCKS, KV_HEADS, BLOCK_SIZE) for n in "kv"}
+    elif kind != "float":
+        a |= {f"{n}_scale": torch.full((1,) if kind == "tensor" else (KV_HEADS,), 0.05) for n in "kv"}
+        a |= {f"{n}_zero_point": points for n in "kv"} if kind == "zero" else {}
+    before = registry.calls["rope_and_cache", "host_cpp"]
+    q = torch.ops.gcu.rope_and_cache(**a, interleaved=row["interleaved"])
+    assert registry.calls["rope_and_cache", "host_cpp"] == before + 1
+    limits = tolerance(dtype, HEAD_DIM)
+    torch.testing.assert_close(q.double(), rope.eager(**wide, interleaved=row["interleaved"]), **limits)
+    for n in "kv":
+        got, exact = (written(x[f"{n}_cache"], a["slot_mapping"]).double() for x in (a, wide))
+        if kind == "float":
+            torch.testing.assert_close(got, exact, **limits)
+            continue
+        scale = written(a[f"{n}_scale_cache"], a["slot_mapping"]).unsqueeze(-1) if kind == "token_head" else 0.05
+        back = (got - (points.view(1, -1, 1) if kind == "zero" else 0)) * scale
+        assert ((back - exact).abs() <= 0.5 * scale + 1e-5 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor", "token_head"])
+def test_write_kv_is_the_write_of_rope_and_cache(kind):
+    a = inputs(torch.bfloat16, None if kind == "float" else torch.int8, rotary=0)
+    if kind == "token_head":
+        a |= {f"{n}_scale_cache": torch.zeros(BLOCKS, KV_HEADS, BLOCK_SIZE) for n in "kv"}
+    elif kind == "tensor":
+        a |= {f"{n}_scale": torch.full((1,), 0.05) for n in "kv"}
+    names = ("k_cache", "v_cache", *(n for n in a if "scale" in n))
+    b = {n: a[n].clone() for n in names}
+    c = {n: a[n].clone() for n in names}
+    torch.ops.gcu.rope_and_cache(**a)
+    _, k, v = a["qkv"].split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], 1)
+    k, v = (x.view(TOKENS, KV_HEADS, HEAD_DIM) for x in (k, v))
+    torch.ops.gcu.write_kv(k, v, a["slot_mapping"], **b)
+    write.eager(k, v, a["slot_mapping"], **c)
+    for n in names:
+        assert torch.equal(a[n], b[n]) and torch.equal(b[n], c[n]), n
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.ones(9, 3, 32)}, r"k is torch.float32 \(9, 3, 32\)"),
+        ({"slot_mapping": torch.zeros(9)}, "slot_mapping is torch.float32"),
+        ({"slot_mapping": torch.full((9,), 64)}, r"slot_mapping\[0\] is 64"),
+        ({"k_scale": torch.ones(1)}, "expected torch.int8"),
+    ],
+)
+def test_bad_arguments_of_write_kv_are_named(change, message):
+    a = inputs(torch.float32)
+    given = {"k": torch.ones(9, 2, 32), "v": torch.ones(9, 2, 32), **{n: a[n] for n in list(a)[3:]}}
+    with pytest.raises(InvalidInputError, match="gcu::write_kv: .*" + message):
+        torch.ops.gcu.write_kv(**{**given, **change})
+
+
+def test_debug_checks_find_a_slot_that_is_written_twice(monkeypatch):
+    a = inputs(torch.float32) | {"slot_mapping": torch.full((9,), 1)}
+    torch.ops.gcu.rope_and_cache(**a)
+    monkeypatch.setenv("GCU_COMPILE_DEBUG_CHECKS", "1")
+    with pytest.raises(InvalidInputError, match="one slot for two tokens"):
+        torch.ops.gcu.rope_and_cache(**a)
+
+
 def test_operation_mutates_its_caches_when_compiled():
     a, b = inputs(torch.float32), inputs(torch.float32)
     compiled = torch.compile(
@@ -111,7 +204,6 @@ def test_operation_mutates_its_caches_when_compiled():
         ({"positions": torch.full((9,), 64)}, r"positions\[0\] is 64, expected a row from 0 to 63"),
         ({"slot_mapping": torch.full((9,), 64)}, r"slot_mapping\[0\] is 64, expected -1 \(not written\)"),
         ({"slot_mapping": torch.full((9,), -2)}, r"slot_mapping\[0\] is -2"),
-        ({"slot_mapping": torch.full((9,), 1)}, "one slot for two tokens"),
         ({"slot_mapping": torch.zeros(8, dtype=torch.int64)}, "slot_mapping is torch.int64"),
         ({"q_norm": torch.ones(8)}, r"q_norm is \(8,\), expected \[32\]"),
         ({"k_scale": torch.ones(1)}, "expected torch.int8"),

@@ -1,0 +1,169 @@
+// Norm and rotation of q and k, and the write of k and v into a paged cache; see attention/rope.py for the meaning.
+//
+//   token (in parallel) -> head -> float32 in L1 -> norm -> rotation -> q out, or quantised into the cache
+
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
+constexpr int64_t LARGEST_HEAD = 1024;
+}  // namespace
+
+struct Strides {
+  int64_t block, head, slot;
+};
+
+// One of k and v: its source and its cache. Field order is that of `Side` in host/rope.py.
+struct Side {
+  const void* from;
+  int64_t from_stride;  // from token to token
+  int64_t size;         // of a head
+  void* cache;
+  Strides at;
+  const float* scale;    // `scales` of them: 1 or kv_heads; null: a float cache, or scales that are computed
+  const int32_t* zero;   // as many, or null
+  int64_t scales;
+  float* scale_cache;    // written; or null
+  Strides scale_at;
+};
+
+struct Arguments {
+  const void* q;  // [tokens, heads, head_dim], `q_stride` from token to token; null: none
+  void* q_out;    // contiguous
+  int64_t q_stride, tokens, heads, kv_heads;
+  Side k, v;
+  const void* cos_sin;  // [rows, rotary], `cos_sin_stride` from row to row
+  int64_t cos_sin_stride, rows, rotary;
+  const int64_t *positions, *slots;  // positions: null: row t is token t
+  int64_t block_size, slot_count;
+  const float *q_norm, *k_norm;
+  double eps;
+  int32_t interleaved, dtype, cache_dtype, cos_sin_dtype, threads;
+};
+
+namespace {
+
+void read(const void* from, int64_t at, int64_t n, int dtype, float* to) {
+  if (dtype == F32) {
+    std::memcpy(to, static_cast<const float*>(from) + at, n * 4);
+  } else if (dtype == BF16) {
+    const uint16_t* x = static_cast<const uint16_t*>(from) + at;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = std::bit_cast<float>(uint32_t(x[i]) << 16);
+  } else {
+    const _Float16* x = static_cast<const _Float16*>(from) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = float(x[i]);
+  }
+}
+
+void write(void* to, int64_t at, int64_t n, int dtype, const float* from) {
+  if (dtype == F32) {
+    std::memcpy(static_cast<float*>(to) + at, from, n * 4);
+  } else if (dtype == BF16) {
+    uint16_t* x = static_cast<uint16_t*>(to) + at;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {  // to nearest, ties to even; NaN stays one
+      uint32_t bits = std::bit_cast<uint32_t>(from[i]);
+      uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+      x[i] = uint16_t(from[i] == from[i] ? rounded : (bits >> 16 | 64));
+    }
+  } else {
+    _Float16* x = static_cast<_Float16*>(to) + at;
+    for (int64_t i = 0; i < n; ++i) x[i] = _Float16(from[i]);
+  }
+}
+
+void normalise(float* x, int64_t n, const float* weight, float eps) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  float factor = 1.0f / std::sqrt(sum / float(n) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] * factor * weight[i];
+}
+
+void rotate(float* x, const float* cos, const float* sin, int64_t half, bool interleaved) {
+  if (interleaved) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cos[i] - b * sin[i], x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+// One head of one token into its slot.
+void keep(const Side& side, int dtype, int64_t block, int64_t slot, int64_t head, const float* x) {
+  int64_t at = block * side.at.block + head * side.at.head + slot * side.at.slot;
+  if (dtype != I8) return write(side.cache, at, side.size, dtype, x);
+  float scale, zero = 0;
+  if (side.scale_cache) {
+    float largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < side.size; ++i) largest = std::max(largest, std::fabs(x[i]));
+    scale = largest == 0 ? 1.0f : largest / 127;
+    side.scale_cache[block * side.scale_at.block + head * side.scale_at.head + slot * side.scale_at.slot] = scale;
+  } else {
+    scale = side.scale[side.scales == 1 ? 0 : head];
+    if (side.zero) zero = float(side.zero[side.scales == 1 ? 0 : head]);
+  }
+  int8_t* to = static_cast<int8_t*>(side.cache) + at;
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+#pragma omp simd
+  for (int64_t i = 0; i < side.size; ++i) {
+    float value = std::min(std::max(x[i] / scale + zero, -128.0f), 127.0f);
+    to[i] = int8_t(int32_t((value + MAGIC) - MAGIC));
+  }
+}
+
+void run(const Arguments& in, int64_t token) {
+  alignas(64) float x[LARGEST_HEAD], row[LARGEST_HEAD];
+  int64_t half = in.rotary / 2, slot = in.slots[token], dim = in.k.size;
+  if (in.rotary) read(in.cos_sin, (in.positions ? in.positions[token] : token) * in.cos_sin_stride, in.rotary, in.cos_sin_dtype, row);
+  auto turn = [&](const float* norm) {
+    if (norm) normalise(x, dim, norm, float(in.eps));
+    if (in.rotary) rotate(x, row, row + half, half, in.interleaved);
+  };
+  if (in.q)
+    for (int64_t head = 0; head < in.heads; ++head) {
+      read(in.q, token * in.q_stride + head * dim, dim, in.dtype, x);
+      turn(in.q_norm);
+      write(in.q_out, (token * in.heads + head) * dim, dim, in.dtype, x);
+    }
+  if (slot < 0) return;
+  int64_t block = slot / in.block_size, offset = slot % in.block_size;
+  for (int64_t head = 0; head < in.kv_heads; ++head) {
+    read(in.k.from, token * in.k.from_stride + head * dim, dim, in.dtype, x);
+    turn(in.k_norm);
+    keep(in.k, in.cache_dtype, block, offset, head, x);
+    read(in.v.from, token * in.v.from_stride + head * in.v.size, in.v.size, in.dtype, x);
+    keep(in.v, in.cache_dtype, block, offset, head, x);
+  }
+}
+
+}  // namespace
+
+// 0, or 1 if a slot or a position is out of range; nothing is written then.
+extern "C" int32_t gcu_rope_and_cache(const Arguments* arguments) {
+  const Arguments& in = *arguments;
+  for (int64_t t = 0; t < in.tokens; ++t) {
+    if (in.slots[t] < -1 || in.slots[t] >= in.slot_count) return 1;
+    if (in.positions && (in.positions[t] < 0 || in.positions[t] >= in.rows)) return 1;
+  }
+  bool parallel = in.threads > 1 && in.tokens > 1 && in.tokens * (in.heads + in.kv_heads) > 256;
+#pragma omp parallel for num_threads(in.threads) if (parallel) schedule(static)
+  for (int64_t t = 0; t < in.tokens; ++t) run(in, t);
+  return 0;
+}
