@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gcu_compile import torch_private
-from gcu_compile.cache.key import cache_key, code_ingredients, graph_ingredients, key_of, name_of
+from gcu_compile.cache.key import cache_key, code_ingredients, graph_ingredients, key_of, layers_of, name_of
 from gcu_compile.cache.store import Entry, Store
 from gcu_compile.generated import Kernel, kernels
 from gcu_compile.lowering.context import GraphReport, Observer
@@ -54,7 +54,7 @@ class Recording:
             self.key = key_of(ingredients)
             self._store = Store(options.effective_cache_dir())
             self._kept, self.reason = self._store.load(self.key)
-            self._entry = Entry(self.key, ingredients)
+            self._entry = Entry(self.key, ingredients, layers=layers_of(gm))
             if self._kept:
                 self._entry.generation = self._kept.generation
         self._start, self._phases = time.perf_counter(), torch_private.phase_seconds()
@@ -87,7 +87,10 @@ class Recording:
         hit = self._kept is not None and not self.reports
         if hit:
             self.state, self.reason = "hit", ""
+            renamed = dict(zip(self._kept.layers, self._entry.layers, strict=True))
             self.reports = [GraphReport.from_json(report) for report in self._kept.reports]
+            for match in (match for report in self.reports for match in report.matches):
+                match.layer = renamed.get(match.layer, match.layer)
             self.kernels = [[Kernel(**kernel) for kernel in graph] for graph in self._kept.kernels]
             self.seconds = self._kept.seconds
         else:
@@ -98,7 +101,7 @@ class Recording:
                 self._save()
         self._finished = True
         if self._dump:
-            self._dump.write(self, self._kept.dump if hit else None)
+            self._dump.write(self, self._dump.renamed(self._kept.dump, renamed) if hit else None)
 
     def _save(self) -> None:
         if self._entry is None:

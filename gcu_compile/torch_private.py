@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
@@ -24,11 +27,14 @@ __all__ = [
     "graph_breaks",
     "inductor_settings",
     "last_frame",
+    "learning",
     "phase_seconds",
     "symbol_range",
     "triton_version",
 ]
 
+# `torch._inductor.compile_fx` as an attribute may be the function of that name.
+compile_fx_module = importlib.import_module("torch._inductor.compile_fx")
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Inductor settings that say where or how to look, not what code to make.
 NOT_CODE = ("trace.", "fx_graph_", "compile_threads", "worker_", "autotune_local_cache", "autotune_remote_cache")
@@ -182,12 +188,30 @@ def compile_with_inductor(
 
     def compile_and_learn(graph_module: torch.fx.GraphModule, inputs: Any, **kwargs: Any):
         result = compile_fx_inner(graph_module, inputs, **kwargs)
-        if code := getattr(result, "source_code", None):  # a graph without operations has none
-            mapping = json.loads(getattr(result, "inductor_provenance_mapping_str", None) or "{}")
-            learn(Generated(code, graph_module.graph, mapping.get("cppCodeToPost", {})))
+        _learn_from(result, graph_module, learn)
         return result
 
     return compile_fx(gm, example_inputs, inner_compile=compile_and_learn, config_patches=patches)
+
+
+def _learn_from(result: Any, graph_module: torch.fx.GraphModule, learn: Callable[[Generated], None]) -> None:
+    if code := getattr(result, "source_code", None):  # a graph without operations has none
+        mapping = json.loads(getattr(result, "inductor_provenance_mapping_str", None) or "{}")
+        learn(Generated(code, graph_module.graph, mapping.get("cppCodeToPost", {})))
+
+
+@contextlib.contextmanager
+def learning(learn: Callable[[Generated], None]) -> Iterator[None]:
+    """Call `learn` with what Inductor generates inside, for callers that cannot reach `compile_with_inductor`."""
+    original = compile_fx_module.fx_codegen_and_compile
+
+    def generate(graph_module: torch.fx.GraphModule, *args: Any, **kwargs: Any):
+        result = original(graph_module, *args, **kwargs)
+        _learn_from(result, graph_module, learn)
+        return result
+
+    with mock.patch.object(compile_fx_module, "fx_codegen_and_compile", generate):
+        yield
 
 
 def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], lowering: Any):

@@ -1,17 +1,23 @@
 """How vLLM's compile mode reaches our compiler.
 
     VllmBackend -> GcuCompiler.compile -> Inductor -> post-grad: GcuPassManager = our lowering, then vLLM's passes
+
+vLLM compiles in pieces and skips a piece that equals an earlier one. Each piece is recorded as a Dynamo graph of
+`torch.compile` is: the report of a skipped piece is that of the piece which it equals, with its own layer's name.
 """
 
 from __future__ import annotations
 
 import torch
+from vllm.compilation.backends import StopCompiling
 from vllm.compilation.compiler_interface import InductorStandaloneAdaptor
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 
+from gcu_compile import backend, torch_private
 from gcu_compile.backend import LoweringPass
 from gcu_compile.cache.key import cache_key
 from gcu_compile.options import resolve
+from gcu_compile.recording import Recording
 
 
 class GcuCompiler(InductorStandaloneAdaptor):
@@ -25,6 +31,31 @@ class GcuCompiler(InductorStandaloneAdaptor):
     def compute_hash(self, vllm_config) -> str:
         """vLLM's own factors and ours: a changed rule or option is a cache miss."""
         return f"{super().compute_hash(vllm_config)}-{cache_key(resolve(), 'host')[:16]}"
+
+    def compile(self, graph, example_inputs, compiler_config, compile_range, key=None):
+        """vLLM's own compilation of one piece, recorded."""
+        options = resolve()
+        recording = Recording(graph, example_inputs, options, "host")
+        for value in compiler_config.values():
+            if isinstance(value, GcuPassManager):
+                value.lowering.recording = recording
+        if options.dump:
+            compiler_config = {**compiler_config, "trace.provenance_tracking_level": 1}
+        try:
+            with torch_private.learning(recording.learned):
+                compiled = super().compile(graph, example_inputs, compiler_config, compile_range, key)
+        except StopCompiling:  # vLLM has an equal piece already
+            self._finish(recording)
+            raise
+        self._finish(recording)
+        return compiled
+
+    @staticmethod
+    def _finish(recording: Recording) -> None:
+        recording.finish()
+        backend.recordings.append(recording)
+        if recording.state == "hit":
+            backend.reports.extend(recording.reports)
 
 
 class LeftToInductor:

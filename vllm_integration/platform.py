@@ -6,6 +6,8 @@ uses vLLM's own compile mode, so that its compile cache works: the second start 
 
 from __future__ import annotations
 
+import os
+
 from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
@@ -47,6 +49,9 @@ class GcuHostPlatform(CpuPlatform):
         behaviours.refuse_fork()
         target = resolve().target
         check_target("host" if target == "auto" else target, serves="this vLLM build", supported=("host",))
+        if resolve().dump and not os.environ.get("VLLM_DISABLE_COMPILE_CACHE"):
+            os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+            behaviours.log.info("GCU_COMPILE_DUMP is set: vLLM's compile cache is off, for what it holds has no dump.")
         if parser is not None:
             behaviours.extend_parser(parser)
 

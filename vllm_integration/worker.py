@@ -6,6 +6,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.options import resolve
 from vllm_integration.behaviours import log
+from vllm_integration.reports import keep_or_recall
 from vllm_integration.sampler import GcuSampler
 
 
@@ -26,3 +27,8 @@ class GcuHostWorker(CPUWorker):
         runner.sampler = GcuSampler(
             runner, logprobs_mode=runner.sampler.logprobs_mode, use_fp64_gumbel=runner.sampler.use_fp64_gumbel
         )
+
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        keep_or_recall(self.vllm_config)
+        return times

@@ -27,6 +27,7 @@ from gcu_compile.options import Options
 from gcu_compile.targets.profile import PROFILES, load_profile
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def code_ingredients(options: Options, target: str) -> dict[str, Any]:
@@ -43,7 +44,11 @@ def code_ingredients(options: Options, target: str) -> dict[str, Any]:
 
 
 def graph_ingredients(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> dict[str, Any]:
-    """What identifies one Dynamo graph, by name. Source lines are part of it: the report tells them."""
+    """What identifies one Dynamo graph, by name.
+
+    Source lines are part of it, because the report tells them. Numbers of layers and names of nodes are not: two
+    layers of one kind share an entry, and a hit tells the layers of the graph at hand (`layers_of`).
+    """
     return {
         "inductor": torch_private.inductor_settings(),
         "graph": {"name": name_of(gm), "hash": _hash(_lines(gm))},
@@ -54,6 +59,11 @@ def graph_ingredients(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> di
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
     }
+
+
+def layers_of(gm: torch.fx.GraphModule) -> list[str]:
+    """Paths of the graph's modules, by first appearance."""
+    return list(dict.fromkeys(layer for node in gm.graph.nodes if (layer := _layer(node))))
 
 
 def key_of(ingredients: dict[str, Any]) -> str:
@@ -102,19 +112,41 @@ def describe(value: Any) -> str:
 
 
 def _lines(gm: torch.fx.GraphModule) -> str:
-    """The graph as text, with every module's subgraphs, layers and source lines."""
+    """The graph as text, subgraphs too: nodes and layers by first appearance, with every source line."""
     lines: list[str] = []
     for name, module in gm.named_modules():
         if not isinstance(module, torch.fx.GraphModule):
             continue
         lines.append(f"[{name}]")
+        numbers = {node: f"%{number}" for number, node in enumerate(module.graph.nodes)}
+        layers: dict[str, int] = {}
         for node in module.graph.nodes:
-            target = node.target if isinstance(node.target, str) else _qualified(node.target)
-            lines.append(f"{node.name} {node.op} {target} {node.args} {node.kwargs} {layer_of(node)}")
-            lines.append(str(node.meta.get("stack_trace") or ""))
+            layer = _layer(node)
+            place = f"{NUMBER.sub('*', layer)}#{layers.setdefault(layer, len(layers))}"
+            arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, numbers=numbers: Named(numbers[n]))
+            lines.append(f"{numbers[node]} {node.op} {_target(node)} {arguments} {place}")
+            lines.append("" if node.op == "placeholder" else str(node.meta.get("stack_trace") or ""))
             if node.op == "get_attr" and (value := getattr(module, str(node.target), None)) is not None:
                 lines.append(describe(value))
     return ADDRESS.sub("0x", "\n".join(lines))
+
+
+def _layer(node: torch.fx.Node) -> str:
+    """An input has none: where its value came from is another graph's affair."""
+    return "" if node.op == "placeholder" else layer_of(node)
+
+
+class Named(str):
+    """A node's number; prints without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _target(node: torch.fx.Node) -> str:
+    """What a node calls; inputs and attributes go by their place, not by their name."""
+    if node.op in ("placeholder", "get_attr"):
+        return ""
+    return node.target if isinstance(node.target, str) else _qualified(node.target)
 
 
 def _qualified(function: Any) -> str:

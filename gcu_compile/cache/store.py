@@ -43,6 +43,7 @@ class Entry:
         ingredients: the named list that the key is the hash of.
         generation: part of Inductor's key; a new one means that Inductor cannot find older code.
         created: seconds since 1970.
+        layers: paths of the graph's modules, by first appearance.
         reports: `GraphReport.to_json()` of each graph that was lowered for it.
         kernels: what each graph's code calls, see `gcu_compile.generated`.
         seconds: part of the compilation -> wall time.
@@ -53,6 +54,7 @@ class Entry:
     ingredients: dict[str, Any]
     generation: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     created: float = field(default_factory=time.time)
+    layers: list[str] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
     kernels: list[list[dict[str, Any]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

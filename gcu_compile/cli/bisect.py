@@ -10,9 +10,8 @@ import typer
 
 from gcu_compile.cli.explain import Length, Settings, Subject, load, parse
 from gcu_compile.cli.report import JsonFile, write_json
-from gcu_compile.errors import InvalidValueError
 
-Script = Annotated[Path | None, typer.Option(help="Write a stand-alone reproduction here (FILE.py:FUNCTION only).")]
+Script = Annotated[Path | None, typer.Option(help="Write a stand-alone reproduction here.")]
 
 
 def bisect(
@@ -26,12 +25,13 @@ def bisect(
     from gcu_compile.debug import bisect as tool
 
     file, _, function = subject.rpartition(":")
-    if script is not None and not file.endswith(".py"):
-        raise InvalidValueError("--script", str(script), "a subject FILE.py:FUNCTION, whose source it can hold")
     fn, args = load(subject, prompt_length)
     found = tool.bisect(fn, *args, options=parse(set_ or []))
     write_json(json_file, found.to_json())
     if script is not None:
-        script.write_text(tool.script(found, Path(file).read_text(), function))
+        is_file = file.endswith(".py")
+        folder = str(Path(subject).resolve())
+        case = Path(file).read_text() if is_file else tool.MODEL_CASE.format(folder=folder, length=prompt_length)
+        script.write_text(tool.script(found, case, function if is_file else "case"))
     typer.echo(found)
     sys.exit(found.kind != "nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +12,60 @@ import typer
 from rich.console import Console
 
 from gcu_compile.cli.report import JsonFile, write_json
-from gcu_compile.errors import CheckpointError, InvalidValueError
+from gcu_compile.errors import CheckpointError, InvalidValueError, TargetUnavailableError, UnknownNameError
 
+THROUGH = ("transformers", "vllm")
 Subject = Annotated[str, typer.Argument(help="A Hugging Face folder, or FILE.py:FUNCTION that returns (fn, args).")]
 Length = Annotated[int, typer.Option(help="Tokens of the prompt, for a model.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="option=value, repeatable.")]
 
 
-def explain(subject: Subject, prompt_length: Length = 16, set_: Settings = None, json_file: JsonFile = None) -> None:
-    """Compile and run once; print every place where a rule looked, graph breaks and fallbacks."""
+Through = Annotated[str, typer.Option(help=f"How a model folder is run: {', '.join(THROUGH)}.")]
+
+
+def explain(
+    subject: Subject,
+    prompt_length: Length = 16,
+    through: Through = "transformers",
+    set_: Settings = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compile and run once; print every place where a rule looked, graph breaks, fallbacks and kernels."""
     from gcu_compile.debug.explain import explain as run
 
-    fn, args = load(subject, prompt_length)
-    report = run(fn, *args, options=parse(set_ or []))
+    if through not in THROUGH:
+        raise UnknownNameError("way of running a model", through, THROUGH, "--through")
+    options = parse(set_ or [])
+    if through == "vllm":
+        report = engine()(model_folder(subject), prompt_length, options)
+    else:
+        fn, args = load(subject, prompt_length)
+        report = run(fn, *args, options=options)
     write_json(json_file, report.to_json())
     Console().print(report)
+
+
+def engine() -> Callable:
+    """vLLM's side of `explain`. It lives in the package that may import vLLM, and is looked up here only.
+
+    Raises:
+        TargetUnavailableError: vLLM is not installed.
+    """
+    try:
+        return importlib.import_module("vllm_integration.explain").explain
+    except ImportError as error:
+        raise TargetUnavailableError(f"--through vllm needs vLLM, which is not here ({error})") from error
+
+
+def model_folder(subject: str) -> str:
+    """`subject`, if it is a model folder.
+
+    Raises:
+        CheckpointError: it has no config.json.
+    """
+    if not (Path(subject) / "config.json").is_file():
+        raise CheckpointError(f"{subject} is not a model folder: it has no config.json")
+    return subject
 
 
 def parse(settings: list[str]) -> dict[str, str]:
@@ -50,8 +90,7 @@ def load(subject: str, prompt_length: int) -> tuple[Callable, tuple[Any, ...]]:
         if not callable(functions.get(name)):
             raise CheckpointError(f"{file} has no function {name!r} that returns (fn, args)")
         return functions[name]()
-    if not (Path(subject) / "config.json").is_file():
-        raise CheckpointError(f"{subject} is not a model folder: it has no config.json")
+    model_folder(subject)
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,24 +1,30 @@
 """Finds what makes a compiled result wrong: Inductor, or one match of one rule, by halves.
 
-    whole -> without Inductor -> without any rule -> half of the matches -> ... -> one match
+    whole -> without Inductor -> without any step -> half of the steps ... one step -> half of its rules ... one rule
+          -> half of its matches ... one match
 
-A match is a place where a rule fired. With one culprit among n matches this takes about log2(n) + 4 compilations.
+A match is a place where a rule fired. With one culprit among s steps, r rules of its step and n matches of its rule
+this takes about log2(s) + log2(r) + log2(n) + 4 compilations. The later half is switched off first: what fires later
+may depend on what fired before, not the other way round, so that a canonical form is not blamed for a rule that it
+only made possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from gcu_compile import backend
 from gcu_compile.kernels.tolerance import TABLE, tolerance
+from gcu_compile.lowering import pipeline
 from gcu_compile.lowering.context import MatchRecord
 
 # Length of the sums that a model's output value goes through: the usual order of a hidden size.
 ACCUMULATION = 4096
+SCHEMA = 1
 
 
 @dataclass
@@ -30,28 +36,32 @@ class Culprit:
             `elsewhere` (wrong without any rule and without Inductor: a decomposition or a fused operation).
         error: largest absolute difference of the compiled result from the eager one.
         runs: compilations that it took.
-        rule, index, layer, node, source: of the match; empty for the other kinds.
+        step, rule, index, layer, node, source: of the match; empty for the other kinds. With several graphs, an
+            index may stand for one place in each; layer, node and source then name them all.
+        options: that the search was started with.
     """
 
     kind: str
     error: float
     runs: int
+    step: str = ""
     rule: str = ""
     index: int = -1
     layer: str = ""
     node: str = ""
     source: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def remedy(self) -> dict[str, Any]:
-        """Options with which the result is right; empty where there are none."""
+        """What to add to the options for a right result; empty where there is nothing."""
         if self.kind == "match":
-            return {"disable_matches": [f"{self.rule}@{self.index}"]}
+            return {"disable_matches": [*_names(self.options.get("disable_matches")), f"{self.rule}@{self.index}"]}
         return {"inductor": False} if self.kind == "inductor" else {}
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes and the remedy."""
-        return {**asdict(self), "remedy": self.remedy}
+        """The attributes and the remedy; see docs/json.md."""
+        return {"schema": SCHEMA, **asdict(self), "remedy": self.remedy}
 
     def __str__(self) -> str:
         what = {
@@ -59,7 +69,7 @@ class Culprit:
             "inductor": "Inductor's generated code is wrong; the lowered graph, run eagerly, is right",
             "several": "no single match is to blame: several wrong ones, or two that go wrong together",
             "elsewhere": "wrong without any rule and without Inductor: a decomposition or a fused operation",
-            "match": f"rule {self.rule}, match {self.index}, node {self.node}"
+            "match": f"rule {self.rule}, match {self.index}, step {self.step}, node {self.node}"
             + (f", layer {self.layer}" if self.layer else "")
             + (f", {self.source}" if self.source else ""),
         }[self.kind]
@@ -90,46 +100,67 @@ def bisect(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None) -
         fn: deterministic; `args` are copied before each run, so that it may write to them.
         options: as for `torch.compile(backend="gcu")`; what they switch off stays off.
     """
-    search = _Search(fn, args, options or {})
+    given = dict(options or {})
+    search = _Search(fn, args, given)
     whole, _ = search.wrong()
     if not whole:
-        return Culprit("nothing", 0.0, search.runs)
+        return Culprit("nothing", 0.0, search.runs, options=given)
     error, fired = search.wrong(inductor=False)
     if not error:
-        return Culprit("inductor", whole, search.runs)
-    given = tuple((options or {}).get("disable_matches", ()))
+        return Culprit("inductor", whole, search.runs, options=given)
+    steps = {rule.name: rule.step for rule in pipeline.all_rules()}
 
-    def wrong_without(matches: list[MatchRecord]) -> float:
-        names = [*given, *(f"{m.rule}@{m.index}" for m in matches)]
-        return search.wrong(inductor=False, disable_matches=names)[0]
+    def right_without(option: str, names: list[str]) -> bool:
+        off = [*_names(given.get(option)), *names]
+        return not search.wrong(inductor=False, **{option: off})[0]
 
-    if wrong_without(fired):
-        return Culprit("elsewhere", error, search.runs)
-    suspects = fired
-    while len(suspects) > 1:
-        half = suspects[: len(suspects) // 2]
-        suspects = suspects[len(half) :] if wrong_without(half) else half
-    (found,) = suspects
-    if wrong_without([found]):
-        return Culprit("several", error, search.runs)
-    return Culprit("match", error, search.runs, found.rule, found.index, found.layer, found.node, found.source)
+    if not right_without("disable_steps", list(pipeline.STEPS)):
+        return Culprit("elsewhere", error, search.runs, options=given)
+    for option, name in (
+        ("disable_steps", lambda match: steps[match.rule]),
+        ("disable_rules", lambda match: match.rule),
+        ("disable_matches", lambda match: f"{match.rule}@{match.index}"),
+    ):
+        suspects = list(dict.fromkeys(map(name, fired)))
+        if option == "disable_steps":
+            suspects.sort(key=pipeline.STEPS.index)
+        while len(suspects) > 1:
+            later = suspects[len(suspects) // 2 :]
+            suspects = later if right_without(option, later) else suspects[: len(suspects) // 2]
+        fired = [match for match in fired if name(match) in suspects]
+    if not fired or not right_without("disable_matches", [f"{fired[0].rule}@{fired[0].index}"]):
+        return Culprit("several", error, search.runs, options=given)
+    layer, node, source = (_joined(getattr(match, part) for match in fired) for part in ("layer", "node", "source"))
+    first = fired[0]
+    found = (steps[first.rule], first.rule, first.index, layer, node, source, given)
+    return Culprit("match", error, search.runs, *found)
+
+
+def _joined(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(filter(None, values)))
+
+
+def _names(value: Any) -> list[str]:
+    """An option's names, as a list or as comma-separated text."""
+    return [name for name in value.split(",") if name] if isinstance(value, str) else list(value or ())
 
 
 def script(culprit: Culprit, case: str, function: str) -> str:
     """A stand-alone script that fails as it is and passes with `--without` the culprit.
 
     Args:
-        case: source text of the file that defines `function`, which returns (fn, args).
+        case: source text that defines `function`, which returns (fn, args).
     """
+    without = {**culprit.options, **culprit.remedy}
     return SCRIPT.format(
-        culprit=culprit, case=case, function=function, remedy=culprit.remedy
+        culprit=str(culprit).replace("\\", "/"), case=case, function=function, options=culprit.options, without=without
     )
 
 
 SCRIPT = '''"""{culprit}
 
     python THIS_FILE             # fails
-    python THIS_FILE --without   # passes: {remedy}
+    python THIS_FILE --without   # passes: {without}
 """
 
 {case}
@@ -140,10 +171,17 @@ if __name__ == "__main__":
     from gcu_compile.debug.bisect import bisect
 
     fn, args = {function}()
-    found = bisect(fn, *args, options={remedy} if "--without" in sys.argv else {{}})
+    found = bisect(fn, *args, options={without} if "--without" in sys.argv else {options})
     print(found)
     sys.exit(found.kind != "nothing")
 '''
+
+MODEL_CASE = """
+def case():
+    from gcu_compile.cli.explain import load
+
+    return load({folder!r}, {length})
+"""
 
 
 def _copies(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -88,6 +88,18 @@ class Recorder:
         self._written = len(self.graphs)
         page.write(folder)
 
+    @staticmethod
+    def renamed(graphs: list[dict[str, Any]], layers: dict[str, str]) -> list[dict[str, Any]]:
+        """`graphs` with the layers of another graph of the same kind."""
+        if all(old == new for old, new in layers.items()):
+            return graphs
+        for graph in graphs:
+            for origin in graph["origins"].values():
+                origin["layer"] = layers.get(origin["layer"], origin["layer"])
+            for stage in graph["stages"]:
+                stage["lines"] = stage["lines"] and [_relayered(line, layers) for line in stage["lines"]]
+        return graphs
+
     def _stage(self, name: str, graph: torch.fx.Graph) -> None:
         """Lines are left out (None) where a stage changed nothing."""
         stages, origins = self.graphs[-1]["stages"], self.graphs[-1]["origins"]
@@ -99,6 +111,12 @@ class Recorder:
                 file, line, source = last_frame(node.meta.get("stack_trace") or "")
                 place = f"{file}:{line}" if file else ""
                 origins.setdefault(node.name, {"layer": layer_of(node), "source": place, "line": source})
+
+
+def _relayered(line: str, layers: dict[str, str]) -> str:
+    head, mark, place = line.rpartition("    # ")
+    layer, gap, source = place.partition("  ")
+    return f"{head}{mark}{layers.get(layer, layer)}{gap}{source}" if mark else line
 
 
 def _next(folder: Path) -> Path:

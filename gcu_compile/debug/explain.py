@@ -1,23 +1,26 @@
-"""What became of a function: every place where a rule looked, graph breaks, fallbacks, operations left.
+"""What became of a function: every place where a rule looked, graph breaks, fallbacks, kernels, effective options.
 
-The function is compiled anew, past every cache: a hit lowers nothing and so has nothing to tell.
+A graph that was found in the compile cache tells what the compilation that made its code told.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
 
 from gcu_compile import backend, torch_private
+from gcu_compile.generated import Kernel
 from gcu_compile.kernels import registry
 from gcu_compile.lowering.context import GraphReport, MatchRecord
 from gcu_compile.options import resolve
+
+SCHEMA = 1
+LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 
 @dataclass
@@ -30,8 +33,11 @@ class Explanation:
         fallbacks: "operation: reason" -> calls that ran as plain torch.
         calls: "operation: implementation" -> calls of fused operations.
         options: the effective options, by name.
-        error: largest absolute difference from eager over the outputs, or None without a tensor.
+        error: largest absolute difference from eager over the outputs, or None without a tensor to compare.
         operations: operation -> occurrences in the lowered graphs.
+        kernels: what the generated code calls, over all graphs, and who made it.
+        cache: one of hit, miss, off for each Dynamo graph, with the reason.
+        seconds: part of compilation -> wall time, over all graphs.
     """
 
     graphs: list[GraphReport]
@@ -41,6 +47,9 @@ class Explanation:
     options: dict[str, Any]
     error: float | None = None
     operations: dict[str, int] = field(default_factory=dict)
+    kernels: list[Kernel] = field(default_factory=list)
+    cache: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def matches(self) -> list[MatchRecord]:
@@ -52,39 +61,76 @@ class Explanation:
         """Rule -> places fused, over all graphs."""
         return sum((graph.fused for graph in self.graphs), Counter())
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the keys are the attributes, and `fused`."""
-        return {**asdict(self), "graphs": [graph.to_json() for graph in self.graphs], "fused": dict(self.fused)}
-
-    def __rich__(self) -> Group:
-        columns = ("graph", "for", "nodes before", "nodes after", "lowering ms")
-        graphs = Table(*columns, title="Graphs", title_justify="left")
-        for number, graph in enumerate(self.graphs):
-            first, last = (graph.steps[0], graph.steps[-1]) if graph.steps else (None, None)
-            graphs.add_row(
-                str(number),
-                "inference" if graph.inference else "training: no rules",
-                str(first.nodes_before) if first else "",
-                str(last.nodes_after) if last else "",
-                f"{1e3 * sum(step.seconds for step in graph.steps):.1f}",
-            )
-        rules = Table("rule", "status", "places", "reason", "first at", title="Rules", title_justify="left")
-        groups: dict[tuple[str, str, str], list[MatchRecord]] = {}
+    @property
+    def layers(self) -> dict[str, dict[str, Counter[str]]]:
+        """Rule -> layer (`model.layers.3`; empty outside of any) -> status -> places."""
+        found: dict[str, dict[str, Counter[str]]] = {}
         for match in self.matches:
-            groups.setdefault((match.rule, match.status, match.reason), []).append(match)
-        for (rule, status, reason), found in sorted(groups.items()):
-            rules.add_row(rule, status, str(len(found)), reason, found[0].source or found[0].node)
-        rest = Table(show_header=False, box=None)
-        for title, values in (
-            ("graph break", self.graph_breaks),
-            ("fallback", self.fallbacks),
-            ("call", self.calls),
-        ):
-            for name, count in values.items():
-                rest.add_row(title, name, f"x{count}")
-        if self.error is not None:
-            rest.add_row("largest difference from eager", f"{self.error:.2e}")
-        return Group(graphs, rules, rest)
+            found.setdefault(match.rule, {}).setdefault(layer_root(match.layer), Counter())[match.status] += 1
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes, `fused` and `layers` as plain values; see docs/json.md."""
+        return {
+            "schema": SCHEMA,
+            **asdict(self),
+            "graphs": [graph.to_json() for graph in self.graphs],
+            "fused": dict(self.fused),
+            "layers": {
+                rule: {layer: dict(counts) for layer, counts in layers.items()} for rule, layers in self.layers.items()
+            },
+        }
+
+    def __rich__(self):
+        from gcu_compile.debug.tables import explanation
+
+        return explanation(self)
+
+
+def layer_root(path: str) -> str:
+    """`model.layers.3` of `model.layers.3.self_attn`; empty for what stands in no numbered layer."""
+    found = LAYER.match(path)
+    return found[1] if found else ""
+
+
+class Watch:
+    """What this process's counters gain from here on; `explanation` tells it."""
+
+    def __init__(self) -> None:
+        self._graphs, self._recordings = len(backend.reports), len(backend.recordings)
+        self._breaks = torch_private.graph_breaks()
+        self._fallbacks, self._calls = Counter(registry.fallbacks), Counter(registry.calls)
+
+    def explanation(self, options: Mapping[str, Any] | None, error: float | None = None) -> Explanation:
+        """What was compiled and called since.
+
+        Args:
+            options: what the user asked for; the effective ones are told.
+            error: largest difference from eager.
+        """
+        graphs, recordings = backend.reports[self._graphs :], backend.recordings[self._recordings :]
+        operations: Counter[str] = Counter()
+        for graph in graphs:
+            if graph.steps:
+                operations.update(graph.steps[-1].ops_after)
+        kernels: Counter[tuple[str, str]] = Counter()
+        for kernel in (kernel for recording in recordings for graph in recording.kernels for kernel in graph):
+            kernels[kernel.name, kernel.by] += kernel.calls
+        seconds: Counter[str] = Counter()
+        for recording in recordings:
+            seconds.update(recording.seconds)
+        return Explanation(
+            graphs=graphs,
+            graph_breaks=dict(torch_private.graph_breaks() - self._breaks),
+            fallbacks={": ".join(key): count for key, count in (registry.fallbacks - self._fallbacks).items()},
+            calls={": ".join(key): count for key, count in (registry.calls - self._calls).items()},
+            options=asdict(resolve(options)),
+            error=error,
+            operations=dict(operations),
+            kernels=[Kernel(name, by, calls) for (name, by), calls in kernels.items()],
+            cache=[{"graph": one.name, "key": one.key, "state": one.state, "reason": one.reason} for one in recordings],
+            seconds=dict(seconds),
+        )
 
 
 def explain(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -95,26 +141,11 @@ def explain(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None, 
     Args:
         options: as for `torch.compile(backend="gcu")`.
     """
-    chosen = {**(options or {}), "cache": False}
     torch.compiler.reset()
     expected = fn(*args, **kwargs)
-    before, breaks = len(backend.reports), torch_private.graph_breaks()
-    fallbacks, calls = Counter(registry.fallbacks), Counter(registry.calls)
-    actual = torch.compile(fn, backend="gcu", options=chosen)(*args, **kwargs)
-    graphs = backend.reports[before:]
-    operations: Counter[str] = Counter()
-    for graph in graphs:
-        if graph.steps:
-            operations.update(graph.steps[-1].ops_after)
-    return Explanation(
-        graphs=graphs,
-        graph_breaks=dict(torch_private.graph_breaks() - breaks),
-        fallbacks={": ".join(key): count for key, count in (registry.fallbacks - fallbacks).items()},
-        calls={": ".join(key): count for key, count in (registry.calls - calls).items()},
-        options=asdict(resolve(chosen)),
-        error=_difference(actual, expected),
-        operations=dict(operations),
-    )
+    watch = Watch()
+    actual = torch.compile(fn, backend="gcu", options=dict(options or {}))(*args, **kwargs)
+    return watch.explanation(options, _difference(actual, expected))
 
 
 def _difference(actual: Any, expected: Any) -> float | None:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from gcu_compile.cache.store import Entry, Store
 from gcu_compile.cli.main import app
+from gcu_compile.debug import schema
 
 
 @pytest.fixture
@@ -23,7 +24,10 @@ def cache(tmp_path):
         file = tmp_path / "report.json"
         words = ["cache", *words, "--dir", str(tmp_path / "cache"), "--json", str(file)]
         result = CliRunner().invoke(app, words)
-        return result, json.loads(file.read_text()) if file.exists() else None
+        report = json.loads(file.read_text())
+        model = {n: getattr(schema, f"Cache{n.title()}") for n in ("list", "diff", "explain", "clear")}[words[1]]
+        model.model_validate(report)
+        return result, report
 
     return run
 

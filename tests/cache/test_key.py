@@ -150,3 +150,29 @@ def test_differences_name_what_is_missing():
     assert key.differences({"a": {"b": 1}}, {"a": {}}) == {"a.b": (1, None)}
     assert key.differences([1, 2], [1, 3], "x") == {"x.1": (2, 3)}
     assert key.differences([1], [1, 3], "x") == {"x": ([1], [1, 3])}
+
+
+def test_layers_of_one_kind_share_a_key():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x.sin() * 2
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer() for _ in range(3)])
+
+        def forward(self, x, index):
+            return self.layers[index](x)
+
+    found = []
+
+    def backend(gm, inputs):
+        found.append((key.key_of(key.graph_ingredients(gm, inputs)), key.layers_of(gm)))
+        return gm
+
+    for index in (0, 2):
+        torch._dynamo.reset()
+        torch.compile(Model(), backend=backend)(torch.ones(2), index)
+    assert found[0][0] == found[1][0]
+    assert [layers for _, layers in found] == [["layers.0"], ["layers.2"]]

@@ -1,28 +1,52 @@
 """A wrong rule planted among right ones is found, named by match, in O(log) compilations; the script reproduces it."""
 
+import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from gcu_compile.cli.main import app
 from gcu_compile.debug.bisect import bisect, script
 from gcu_compile.lowering import pipeline
 from gcu_compile.lowering.rule import Rule
 from gcu_compile.lowering.rules import all_rules
 
 aten, prims = torch.ops.aten, torch.ops.prims
-LAYERS = 9
+LAYERS, FOLDER = 6, Path(__file__).parent
 
 
-def stack(x):
-    """Nine layers: each scales, squashes, and adds; every layer's result is an output, so that no error dies out."""
-    layers = []
-    for layer in range(LAYERS):
-        x = torch.tanh(x * (1.25 + layer / 8)) + x.exp().neg().sigmoid()
-        layers.append(x)
-    return layers
+class Layer(torch.nn.Module):
+    """Causal attention and a squashed residual, on columns of its own, so that layers share no operation."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.first = number
+
+    def forward(self, x):
+        x = x[:, self.first : self.first + 8]
+        places = torch.arange(self.first, self.first + x.shape[0])
+        scores = (x @ x.t()) * 0.125
+        visible = torch.le(places[None, :], places[:, None])
+        mixed = torch.softmax(scores.masked_fill(~visible, -1e9), -1) @ x
+        return torch.tanh(mixed) + x.sigmoid()
+
+
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(number) for number in range(LAYERS)])
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+stack = Stack()
 
 
 def planted(name, anchor, at, build):
@@ -45,6 +69,13 @@ def wrong_scale(graph, node):
     return graph.call_function(node.target, (node.args[0], node.args[1] * 1.5))
 
 
+def wrong_mask_edge(graph, node):
+    """A token no longer sees itself."""
+    edge = graph.call_function(aten.sub.Tensor, (node.args[1], 1))
+    edge.meta["val"] = node.args[1].meta["val"]
+    return graph.call_function(node.target, (node.args[0], edge))
+
+
 def wrong_residual(graph, node):
     return graph.call_function(node.target, (node.args[0], node.args[0]))
 
@@ -59,27 +90,102 @@ def stale_cast(graph, node):
     return graph.call_function(node.target, (wide,))
 
 
-@pytest.mark.parametrize("at", [0, 4, 8])
-@pytest.mark.parametrize(
-    ("name", "anchor", "build"),
-    [
-        ("wrong_scale", aten.mul.Tensor, wrong_scale),
-        ("wrong_residual", aten.add.Tensor, wrong_residual),
-        ("stale_cast", aten.tanh.default, stale_cast),
-    ],
-)
-def test_planted_rule_is_named(name, anchor, build, at, monkeypatch):
+KINDS = {
+    "wrong_scale": (aten.mul.Tensor, wrong_scale),
+    "wrong_mask_edge": (aten.le.Tensor, wrong_mask_edge),
+    "wrong_residual": (aten.add.Tensor, wrong_residual),
+    "stale_cast": (aten.tanh.default, stale_cast),
+}
+
+
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("name", KINDS)
+def test_planted_rule_is_named(name, at, monkeypatch, tmp_path):
+    anchor, build = KINDS[name]
     rule = planted(name, anchor, at, build)
     monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), rule))
-    found = bisect(stack, torch.randn(4, 8), options={"inductor": False})
+    found = bisect(stack, torch.randn(4, 8 + LAYERS), options={"inductor": False})
     assert (found.kind, found.rule, found.index) == ("match", name, at), str(found)
+    assert (found.step, found.layer) == ("canonicalise", f"layers.{at}")
     assert found.error > 0 and found.source.startswith("test_bisect.py:")
-    assert found.runs <= math.ceil(math.log2(LAYERS)) + 4
+    # The rules that fire here are the planted one and, at most, two canonical forms.
+    assert found.runs <= math.ceil(math.log2(LAYERS)) + math.ceil(math.log2(3)) + 4
     assert found.remedy == {"disable_matches": [f"{name}@{at}"]}
+    if at:  # the script fails, and passes without the match
+        file = tmp_path / "reproduction.py"
+        file.write_text(script(found, PLANTED.format(folder=str(FOLDER), name=name, at=at), "case"))
+        for words, status in (([], 1), (["--without"], 0)):
+            monkeypatch.setattr(sys, "argv", [str(file), *words])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(file), run_name="__main__")
+            assert ended.value.code == status
+
+
+PLANTED = """
+import sys
+
+sys.path.insert(0, {folder!r})
+
+
+def case():
+    import test_bisect as plant
+
+    anchor, build = plant.KINDS[{name!r}]
+    rule = plant.planted({name!r}, anchor, {at}, build)
+    plant.pipeline.all_rules = lambda: (*plant.all_rules(), rule)
+    return plant.stack, (plant.torch.randn(4, 8 + plant.LAYERS),)
+"""
+
+
+def test_a_canonical_form_is_not_blamed_for_what_it_made_possible(monkeypatch):
+    """The wrong rule fires only where the no-op view is gone: without either the result is right."""
+
+    def build(graph, node, match):
+        new = graph.call_function(aten.cos.default, node.args)
+        new.meta.update(node.meta)
+        return new
+
+    def match(node):
+        return node if node.args[0].op == "placeholder" else None
+
+    late = Rule("late", "attention", (aten.sin.default,), match, build, torch.cos)
+    monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), late))
+    found = bisect(lambda x: x.view(x.shape).sin(), torch.ones(2, 3), options={"inductor": False})
+    assert (found.kind, found.step, found.rule) == ("match", "attention", "late")
+
+
+def test_given_options_stay_and_are_in_the_script(monkeypatch):
+    rule = planted("wrong_scale", aten.mul.Tensor, 1, wrong_scale)
+    monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), rule))
+    options = {"inductor": False, "disable_matches": "noop_view@7"}
+    found = bisect(stack, torch.randn(4, 8 + LAYERS), options=options)
+    assert found.remedy == {"disable_matches": ["noop_view@7", "wrong_scale@1"]}
+    text = script(found, "CASE", "case")
+    assert "'disable_matches': ['noop_view@7', 'wrong_scale@1']" in text and str(options) in text
+
+
+def test_command_writes_a_script_for_a_model_folder(tmp_path, monkeypatch):
+    import gcu_compile.cli.explain as loader
+    from gcu_compile.cli import bisect as command
+
+    rule = planted("wrong_scale", aten.mul.Tensor, 1, wrong_scale)
+    monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), rule))
+    for module in (loader, command):
+        monkeypatch.setattr(module, "load", lambda subject, length: (stack, (torch.randn(4, 8 + LAYERS),)))
+    file = tmp_path / "again.py"
+    words = ["bisect", str(tmp_path), "--set", "inductor=0", "--script", str(file), "--json", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1 and "rule wrong_scale, match 1" in done.stdout
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["layer"] == "layers.1" and report["remedy"] == {"disable_matches": ["wrong_scale@1"]}
+    monkeypatch.setattr(sys, "argv", [str(file), "--without"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 0
 
 
 def test_right_code_is_cleared():
-    found = bisect(stack, torch.randn(4, 8))
+    found = bisect(lambda x: (x * 2).sin(), torch.randn(4))
     assert (found.kind, found.runs) == ("nothing", 1)
 
 
@@ -93,9 +199,9 @@ def test_arguments_that_are_written_to_are_copied():
 
 
 def test_two_wrong_matches_are_not_blamed_on_one(monkeypatch):
-    rules = [planted("first", aten.mul.Tensor, 2, wrong_scale), planted("second", aten.tanh.default, 6, stale_cast)]
+    rules = [planted("first", aten.mul.Tensor, 2, wrong_scale), planted("second", aten.tanh.default, 4, stale_cast)]
     monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), *rules))
-    assert bisect(stack, torch.randn(4, 8), options={"inductor": False}).kind == "several"
+    assert bisect(stack, torch.randn(4, 8 + LAYERS), options={"inductor": False}).kind == "several"
 
 
 CASE = '''

@@ -24,7 +24,7 @@ def test_fused_and_near_miss_are_told_with_reasons():
     (near,) = [match for match in report.matches if match.status == "near_miss"]
     assert "does not hold every value" in near.reason and near.source.startswith("test_explain.py:")
     assert report.error == 0
-    assert report.options["cache"] is False
+    assert report.options["inductor"] is False and report.cache[0]["state"] == "off"
 
 
 def test_says_the_same_on_a_second_run():
@@ -92,3 +92,37 @@ def test_settings_are_checked():
         from gcu_compile.options import resolve
 
         resolve(parse(["cahce=1"]), {})
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x, y):
+        return (x.float().bfloat16() * 2).sin(), y.bfloat16().float() + 1
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer(), Layer()])
+
+    def forward(self, x, y):
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return x, y
+
+
+def test_every_rule_in_every_layer():
+    report = gcu_compile.explain(Layers(), torch.ones(3).bfloat16(), torch.ones(3), options=PLAIN)
+    assert report.layers == {"dtype_round_trip": {f"layers.{n}": {"fused": 1, "near_miss": 1} for n in range(3)}}
+
+
+def test_a_hit_explains_the_same_and_kernels_name_their_maker(tmp_path):
+    def fn(x):
+        x = torch.ops.aten.slice(x @ x, 0, 0, 2**62)
+        return torch.ops.gcu.sample(x.sin(), *[torch.zeros(3, dtype=torch.int64)] * 2)
+
+    options = {"cache_dir": str(tmp_path)}
+    miss, hit = (gcu_compile.explain(fn, torch.randn(3, 3), options=options).to_json() for _ in range(2))
+    states = [report.pop("cache")[0]["state"] for report in (miss, hit)]
+    assert states == ["miss", "hit"] and miss == hit
+    assert {kernel["by"] for kernel in miss["kernels"]} == {"library", "inductor", "hand-written"}
+    assert any(kernel["name"] == "gcu::sample" for kernel in miss["kernels"])

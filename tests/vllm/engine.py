@@ -45,6 +45,8 @@ def probe_worker(worker) -> dict:
     from vllm import envs
     from vllm.v1.engine import core
 
+    from gcu_compile import backend
+
     return {
         "pid": os.getpid(),
         "start_method": envs.VLLM_WORKER_MULTIPROC_METHOD,
@@ -55,6 +57,7 @@ def probe_worker(worker) -> dict:
         "chunked_prefill": worker.vllm_config.scheduler_config.enable_chunked_prefill,
         "compile_backend": str(worker.vllm_config.compilation_config.backend),
         "compile_mode": int(worker.vllm_config.compilation_config.mode),
+        "reports": [report.to_json() for report in backend.reports],
         "platform": type(__import__("vllm.platforms", fromlist=["x"]).current_platform).__name__,
     }
 

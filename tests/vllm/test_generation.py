@@ -62,3 +62,9 @@ def test_second_start_compiles_nothing_and_says_the_same(starts):
     compiling = "Compiling a graph for compile range"
     assert compiling in cold["log"] and compiling not in warm["log"]
     assert "load AOT compilation" in warm["log"]
+
+
+def test_second_start_tells_what_the_first_told(starts):
+    (cold,), (warm,) = (reply["workers"] for reply in starts[:2])
+    assert cold["reports"] and all(report["steps"] for report in cold["reports"])
+    assert warm["reports"] == cold["reports"]

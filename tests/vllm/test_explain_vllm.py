@@ -1,0 +1,58 @@
+"""`gcu-compile explain MODEL --through vllm`: the pieces that vLLM compiles, and what they call."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import save_llama
+
+pytestmark = pytest.mark.vllm
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A report and a dump of one start."""
+    root = tmp_path_factory.mktemp("explain")
+    model = save_llama(root / "model", num_hidden_layers=LAYERS, eos_token_id=None, pad_token_id=None)
+    words = ["explain", str(model), "--through", "vllm", "--json", str(root / "report.json")]
+    environ = {
+        **os.environ,
+        "GCU_COMPILE_CACHE_DIR": str(root / "cache"),
+        "GCU_COMPILE_DUMP": str(root / "dump"),
+        "VLLM_CACHE_ROOT": str(root / "vllm"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gcu_compile.cli.main", *words], capture_output=True, text=True, env=environ, timeout=400
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return root
+
+
+def test_pieces_that_are_alike_share_an_entry(folder):
+    report = json.loads((folder / "report.json").read_text())
+    states = [graph["state"] for graph in report["cache"]]
+    # What stands before the first attention, between two, and after the last; those between are alike.
+    assert len(report["graphs"]) == LAYERS + 1
+    assert states == ["miss", "miss", *["hit"] * (LAYERS - 2), "miss"]
+    assert all(graph["steps"] for graph in report["graphs"])
+
+
+def test_kernels_and_calls_are_told(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert report["calls"]["sample: host_cpp"] > 0
+    assert {"inductor", "library"} <= {kernel["by"] for kernel in report["kernels"]}
+    assert report["error"] is None and report["options"]["dump"]
+
+
+def test_the_dump_names_each_piece_s_own_layer(folder):
+    from gcu_compile.debug import page
+
+    graphs = page.data(folder / "dump")["graphs"]
+    layers = {origin["layer"] for graph in graphs for origin in graph["origins"].values()}
+    for number in range(LAYERS):
+        assert any(f"layers.{number}." in layer for layer in layers)
+    assert all(graph["code"] and graph["calls"] for graph in graphs if len(graph["stages"][0]["lines"]) > 20)
