@@ -204,6 +204,15 @@ class Interpreted:
         return launch
 
 
+def _to_bfloat16(values: Any) -> Any:
+    """The bits, in uint16, of float32 values rounded to bfloat16, ties to even."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
 @contextlib.contextmanager
 def _interpreter_scope() -> Iterator[None]:
     """Triton's language as the interpreter wants it, for one launch."""
@@ -233,7 +242,9 @@ def _interpreter_scope() -> Iterator[None]:
         # For the same reason an integer becomes bfloat16, and back, by way of float32.
         ends = (src.dtype.scalar, dst_type.scalar)
         if tl.bfloat16 in ends and tl.float32 not in ends:
-            return original_cast(builder, original_cast(builder, src, tl.float32), dst_type)
+            return cast(builder, original_cast(builder, src, tl.float32), dst_type)
+        if ends == (tl.float32, tl.bfloat16):  # the interpreter's own conversion truncates
+            return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
         return original_cast(builder, src, dst_type)
 
     everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})

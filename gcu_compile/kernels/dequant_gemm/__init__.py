@@ -9,6 +9,8 @@ from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import check, eager
 from gcu_compile.kernels.host import dequant_gemm as host
 from gcu_compile.kernels.host import int8_gemm as host_int8
+from gcu_compile.kernels.triton import dequant_gemm as triton
+from gcu_compile.kernels.triton import int8_gemm as triton_int8
 
 
 def _dequant_gemm(x, *args, **kwargs):
@@ -58,6 +60,29 @@ def _inputs(x, *args, **kwargs) -> int:
     return x.shape[-1]
 
 
+def _on_card(check_arguments, run, refuses) -> registry.Implementation:
+    """The Triton kernel, after the checks; those of values would wait for the device, and are left to the meaning."""
+
+    def call(*args, **kwargs):
+        check_arguments(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return registry.Implementation("triton", ("cuda", "gcu"), call, refuses)
+
+
+def _experts(one, op):
+    """The checks of a grouped form but for the values of its offsets."""
+
+    def check_arguments(x, offsets, weight, scales, *args, **kwargs):
+        one(x, weight, scales, *args, **kwargs, experts=tuple(scales.shape[:1]), op=op)
+
+    return check_arguments
+
+
+def _check_int8_experts(x, offsets, weight, scales, x_scales=None, bias=None, **kwargs):
+    _experts(check.int8_gemm, "int8_gemm_grouped")(x, offsets, weight, scales, x_scales=x_scales, bias=bias, **kwargs)
+
+
 DEQUANT_GEMM = registry.register(
     registry.FusedOp(
         "dequant_gemm",
@@ -66,7 +91,10 @@ DEQUANT_GEMM = registry.register(
         eager=_dequant_gemm,
         fake=_linear_fake,
         accumulation=_inputs,
-        implementations=(registry.Implementation("host_cpp", ("cpu",), host.run, host.refuses),),
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), host.run, host.refuses),
+            _on_card(check.dequant_gemm, triton.run, triton.refuses),
+        ),
     )
 )
 INT8_GEMM = registry.register(
@@ -77,7 +105,10 @@ INT8_GEMM = registry.register(
         eager=_int8_gemm,
         fake=_linear_fake,
         accumulation=lambda *args, **kwargs: 1,  # the sum is exact in integers
-        implementations=(registry.Implementation("host_cpp", ("cpu",), host_int8.run, host_int8.refuses),),
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), host_int8.run, host_int8.refuses),
+            _on_card(check.int8_gemm, triton_int8.run, triton_int8.refuses),
+        ),
     )
 )
 DEQUANT_GEMM_GROUPED = registry.register(
@@ -88,7 +119,10 @@ DEQUANT_GEMM_GROUPED = registry.register(
         eager=_dequant_gemm_grouped,
         fake=_grouped_fake,
         accumulation=_inputs,
-        implementations=(registry.Implementation("host_cpp", ("cpu",), host.run_grouped, host.refuses_grouped),),
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), host.run_grouped, host.refuses_grouped),
+            _on_card(_experts(check.dequant_gemm, "dequant_gemm_grouped"), triton.run_grouped, triton.refuses_grouped),
+        ),
     )
 )
 INT8_GEMM_GROUPED = registry.register(
@@ -101,6 +135,7 @@ INT8_GEMM_GROUPED = registry.register(
         accumulation=lambda *args, **kwargs: 1,
         implementations=(
             registry.Implementation("host_cpp", ("cpu",), host_int8.run_grouped, host_int8.refuses_grouped),
+            _on_card(_check_int8_experts, triton_int8.run_grouped, triton_int8.refuses_grouped),
         ),
     )
 )
@@ -112,6 +147,11 @@ QUANTIZE_PER_TOKEN = registry.register(
         fake=_quantize_fake,
         implementations=(
             registry.Implementation("host_cpp", ("cpu",), host_int8.run_quantize, host_int8.refuses_quantize),
+            _on_card(
+                lambda x, group_size=0, symmetric=True: check.quantize(x, group_size),
+                triton_int8.quantize,
+                triton_int8.refuses_quantize,
+            ),
         ),
     )
 )

@@ -11,26 +11,9 @@ as they lie in memory, without a transposed load. On cuda any strides will do.
 import triton
 import triton.language as tl
 
-from gcu_compile.kernels.triton import softmax
+from gcu_compile.kernels.triton import segments, softmax
 
 ENTRIES = tl.constexpr(64)  # of a block table, loaded at once
-
-
-@triton.jit
-def _sequence(query_start_ptr, sequences, block, BLOCK_Q: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Whose query block `block` is: sequence, its first and last token, and the block's number within it.
-
-    Sequence i has its blocks from start[i] // BLOCK_Q + i on: room for one block that is not full per sequence.
-    """
-    at = tl.arange(0, SEQUENCES)
-    starts = tl.load(query_start_ptr + at, mask=at < sequences, other=0)
-    firsts = tl.where(at < sequences, starts // BLOCK_Q + at, 2147483647)
-    index = tl.sum((firsts <= block).to(tl.int32), axis=0) - 1
-    mine = at == index
-    begin = tl.sum(tl.where(mine, starts, 0), axis=0)
-    first = tl.sum(tl.where(mine, firsts, 0), axis=0)
-    end = tl.load(query_start_ptr + index + 1)
-    return index, begin, end, block - first
 
 
 @triton.jit
@@ -107,7 +90,7 @@ def paged_attention_kernel(
     cache): D and TAIL are loaded as tiles of their own, so that neither is padded to the other's size.
     """
     kv_head, split = tl.program_id(1), tl.program_id(2)
-    index, begin, end, block_q = _sequence(query_start_ptr, sequences, tl.program_id(0), BLOCK_Q, SEQUENCES)
+    index, begin, end, block_q = segments.find(query_start_ptr, sequences, tl.program_id(0), BLOCK_Q, SEQUENCES)
     token = begin + block_q * BLOCK_Q
     if token < end:
         keys_in_all = tl.load(seq_lens_ptr + index)

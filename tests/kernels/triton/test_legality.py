@@ -13,7 +13,7 @@ from gcu_compile.targets.profile import load_profile
 from gcu_compile.targets.triton_private import compile_for_cuda, is_kernel
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name.endswith("_kernel"))
-# Share of a kernel's bytes, per pass over its tiles, that must move as DMA slices; the rest is listed in its file.
+# Share of a kernel's bytes, per pass over its tiles, that move as DMA slices unless its file's GATHERS says why not.
 LEAST_SLICED = 0.9
 
 
@@ -50,7 +50,10 @@ def test_kernel_is_legal_and_moves_slices(name, target):
     for access in report.accesses:
         if access.verdict == "gather":
             print(f"  gather, line {access.line}: {', '.join(access.reasons)}")
-    assert share >= LEAST_SLICED
+    reasons = getattr(module(name.split(": ")[0]), "GATHERS", {})
+    why = reasons.get(SPECIMENS[name]["name"])
+    # What gathers says why in its file, and what says so gathers.
+    assert (share < LEAST_SLICED) == bool(why), why
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -95,4 +98,5 @@ def test_every_configuration_is_one_the_card_takes(kernel):
         profile = load_profile(target)
         for config in configs(kernel, target):
             assert config.num_warps <= profile.value("max_warps") and config.num_warps & (config.num_warps - 1) == 0
-            assert all(size > 0 and size & (size - 1) == 0 for size in config.tile.values())
+            sizes = [size for name, size in config.tile.items() if name != "PROGRAMS"]
+            assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
