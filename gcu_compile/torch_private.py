@@ -31,6 +31,7 @@ __all__ = [
     "phase_seconds",
     "symbol_range",
     "triton_version",
+    "without_modes",
 ]
 
 # `torch._inductor.compile_fx` as an attribute may be the function of that name.
@@ -234,3 +235,10 @@ def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], lowerin
         inference_compiler=inference,
         decompositions=select_decomp_table(),
     )
+
+
+def without_modes():
+    """A context in which tensors are real, whatever modes (fake tensors, tracing) are on around it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()

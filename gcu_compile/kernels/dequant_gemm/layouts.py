@@ -163,8 +163,29 @@ def unpack(stored: torch.Tensor, layout: Layout, n: int, k: int) -> torch.Tensor
 
 def repack(stored: torch.Tensor, old: Layout, new: Layout, n: int, k: int) -> torch.Tensor:
     """`stored` in layout `new`; codes change their sign convention with it (code - midpoint stays)."""
+    words = _words(stored, old, k)
+    if words is not None and _same_words(old, new) and new.rows == "k" and new.tile:
+        words = torch.nn.functional.pad(words, (0, -n % new.tile))
+        return words.unflatten(1, (-1, new.tile)).movedim(1, 0).contiguous()
     codes = unpack(stored, old, n, k)
     return pack(codes - old.midpoint + new.midpoint, new)
+
+
+def _words(stored: torch.Tensor, layout: Layout, k: int) -> torch.Tensor | None:
+    """[K / codes per word, N] words of 32 bits, where the layout has such."""
+    if layout.packed != "k" or layout.tile:
+        return None
+    if layout.word != torch.int32:
+        if layout.rows != "n" or k * layout.bits % 32 or layout.order != tuple(range(layout.per_word)):
+            return None
+        stored = stored.contiguous().view(torch.int32)  # little-endian, like every target
+    return stored.T if layout.rows == "n" else stored
+
+
+def _same_words(old: Layout, new: Layout) -> bool:
+    """Whether both put the same codes into the same words, so that only words need to move."""
+    natural = old.order == tuple(range(old.per_word)) and new.order == tuple(range(new.per_word))
+    return natural and (old.bits, old.signed) == (new.bits, new.signed) and new.packed == "k"
 
 
 def bytes_of(layout: Layout, n: int, k: int) -> int:

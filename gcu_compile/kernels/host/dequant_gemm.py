@@ -7,10 +7,9 @@ import ctypes
 import torch
 
 from gcu_compile.errors import KernelBuildError
-from gcu_compile.kernels.dequant_gemm import check
-from gcu_compile.kernels.host import build
+from gcu_compile.kernels.dequant_gemm import check, layouts
+from gcu_compile.kernels.host import build, prepack
 
-LAYOUTS = {"host_int4": 4, "host_int8": 8}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = {**FLOATS, torch.int8: 3, torch.uint8: 4, torch.int16: 5, torch.int32: 6}
 NONE = -1
@@ -29,8 +28,8 @@ class Arguments(ctypes.Structure):
 
 def refuses(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> str | None:
     """Why the C++ kernel cannot take these arguments, or None."""
-    if layout not in LAYOUTS:
-        return f"layout {layout} is not one of {', '.join(LAYOUTS)} (repack the weight once, `layouts.repack`)"
+    if reason := prepack.refuses(weight, layout):
+        return reason
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}, not one of {', '.join(map(str, FLOATS))}"
     for name, tensor in (("scales", scales), ("bias", bias)):
@@ -60,15 +59,11 @@ def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) ->
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     y = torch.empty(rows.shape[0], n, dtype=x.dtype)
     # Converted tensors must live until the call is over.
-    weight, scales, zeros, bias = (
-        weight.contiguous(),
-        whole(scales, (groups, n)),
-        whole(zeros, (groups, n)),
-        whole(bias, (n,)),
-    )
+    weight, zeros = prepack.native(weight, layout, n, k).contiguous(), prepack.zeros_of(zeros, layout)
+    scales, zeros, bias = whole(scales, (groups, n)), whole(zeros, (groups, n)), whole(bias, (n,))
     g_idx = None if g_idx is None else check.group_indices(g_idx.to(torch.int32).contiguous(), groups)
     if rows.shape[0]:
-        _call(rows, weight, scales, zeros, g_idx, bias, y, bits=LAYOUTS[layout])
+        _call(rows, weight, scales, zeros, g_idx, bias, y, bits=layouts.get(layout).bits)
     return y.view(*x.shape[:-1], n)
 
 
@@ -112,4 +107,6 @@ def run_grouped(x, offsets, weight, scales, zeros=None, g_idx=None, bias=None, *
 
 def refuses_grouped(x, offsets, *args, layout: str) -> str | None:
     """Why the C++ kernel cannot take these arguments, or None."""
+    if layout not in prepack.NATIVE.values():
+        return f"experts in layout {layout}, not one of {', '.join(prepack.NATIVE.values())}"
     return refuses(x, *args, layout=layout)

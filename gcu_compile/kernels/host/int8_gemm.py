@@ -8,10 +8,9 @@ import torch
 
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
-from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dequant_gemm import DTYPES, FLOATS, NONE
 
-LAYOUT = "host_int8"
 # Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
 MOST_INPUTS = (2**31 - 1) // (255 * 128)
 MOST_INPUTS_WITH_ZEROS = (2**31 - 1) // (255 * 255)
@@ -49,8 +48,8 @@ def refuses(
     x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
 ) -> str | None:
     """Why the C++ kernel cannot take these arguments, or None."""
-    if layout != LAYOUT:
-        return f"layout {layout} is not {LAYOUT} (repack the weight once, `layouts.repack`)"
+    if reason := prepack.refuses(weight, layout):
+        return reason
     if x.dtype != torch.int8 and x.dtype not in FLOATS:
         return f"x is {x.dtype}, not int8 or one of {', '.join(map(str, FLOATS))}"
     if out_dtype is not None and out_dtype not in FLOATS:
@@ -88,9 +87,9 @@ def run(
         "x": rows,
         "x_scales": _column(x_scales, m, torch.float32),
         "x_zeros": _column(x_zeros, m, torch.int32),
-        "weight": weight.contiguous(),
+        "weight": prepack.native(weight, layout, n, k).contiguous(),
         "scales": _column(scales, n, torch.float32),
-        "zeros": _column(zeros, n, torch.int32),
+        "zeros": _column(prepack.zeros_of(zeros, layout), n, torch.int32),
         "bias": bias,
         "y": y,
     }
@@ -132,6 +131,8 @@ def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout:
 
 def refuses_grouped(x, offsets, weight, scales, *args, layout: str, out_dtype=None) -> str | None:
     """Why the C++ kernel cannot take these arguments, or None."""
+    if layout not in prepack.NATIVE.values():
+        return f"experts in layout {layout}, not {prepack.NATIVE[8]}"
     return refuses(x, weight, scales, layout=layout, out_dtype=out_dtype)
 
 

@@ -1,7 +1,208 @@
-"""Dequantise + matmul + epilogue become `gcu::dequant_gemm` and `gcu::int8_gemm`."""
+"""Dequantise + matmul become `gcu::dequant_gemm`; an integer matmul + its scales become `gcu::int8_gemm`.
+
+The weight is recognised by meaning, see `quantised_weight.py`. Weights may be graph inputs (parameters, as Dynamo
+lifts them) or constants of the module; Inductor's freezing would fold the dequantised matrix into a constant before
+this step sees it, and then there is nothing left to fuse.
+"""
 
 from __future__ import annotations
 
-from gcu_compile.lowering.rule import Rule
+from dataclasses import dataclass
 
-RULES: tuple[Rule, ...] = ()
+import torch
+
+from gcu_compile.kernels.dequant_gemm import eager
+from gcu_compile.lowering import probe
+from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_size, value_of
+from gcu_compile.lowering.rules.quantised_weight import Weight, placed, recover
+
+aten, prims, gcu = torch.ops.aten, torch.ops.prims, torch.ops.gcu
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight + bias."""
+
+    x: torch.fx.Node
+    weight: Weight
+    bias: torch.fx.Node | None
+
+
+def _linear(node: torch.fx.Node):
+    """mm(x, dequantised) and addmm(bias, x, dequantised)"""
+    bias, x, matrix = (None, *node.args) if node.target == aten.mm.default else node.args
+    if not isinstance(value_of(x), torch.Tensor) or not value_of(x).is_floating_point():
+        return None
+    weight = recover(matrix)
+    if not isinstance(weight, Weight):
+        return weight
+    if bias is not None:
+        if any(value != 1 for value in node.kwargs.values()):
+            return Refusal("addmm with factors other than 1", near=True)
+        if value_of(bias).dim() != 1 or other_size(value_of(bias).shape[0], value_of(matrix).shape[1]):
+            return Refusal(f"the addend is {list(value_of(bias).shape)}, not a bias", near=True)
+    return Linear(x, weight, bias)
+
+
+def _call(graph: torch.fx.Graph):
+    """Inserts a call with its fake value."""
+
+    def call(target, *args, **kwargs):
+        node = graph.call_function(target, args, kwargs)
+        known_args, known_kwargs = torch.fx.node.map_arg((args, kwargs), value_of)
+        node.meta["val"] = target(*known_args, **known_kwargs)
+        return node
+
+    return call
+
+
+def _build_linear(graph, node, match: Linear):
+    call, weight, n = _call(graph), match.weight, value_of(node).shape[-1]
+    with value_of(node).fake_mode:
+        scales = placed(weight.scales.source, weight.scales, n, 0, call)
+        zeros = weight.zeros and placed(weight.zeros.source, weight.zeros, n, weight.zero_offset, call)
+        bias = match.bias
+        if zeros is not None and value_of(zeros).shape[0] != value_of(scales).shape[0]:
+            zeros = call(aten.expand.default, zeros, list(value_of(scales).shape))
+        arguments = (match.x, weight.node, scales, zeros, weight.g_idx, bias)
+        return call(gcu.dequant_gemm.default, *arguments, layout=weight.layout)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """x @ weight in integers, times scales."""
+
+    x: torch.fx.Node
+    weight: torch.fx.Node
+    layout: str
+    x_scales: torch.fx.Node | None
+    scales: torch.fx.Node
+
+
+def _int_product(node: torch.fx.Node):
+    """mul(mul(float(int mm), x_scales), scales), scales in either order, casts in between"""
+    if any(user.target == aten.mul.Tensor and _product_under(user) is not None for user in node.users):
+        return None  # a larger product of the same sum is tried in its turn
+    found = _product_under(node)
+    if found is None:
+        return None
+    product, factors, casts = found
+    x, matrix = product.args[:2]
+    rows, n = value_of(product).shape
+    if any(dtype in (torch.float16, torch.bfloat16) for dtype in casts):
+        return Refusal("the integer sum is rounded before it is scaled", near=True)
+    if not _bytes(x):
+        return Refusal("the activations are not int8", near=True)
+    weight, layout = _stored(matrix)
+    if weight is None:
+        return Refusal("the weight is not int8", near=True)
+    per_row, per_output = None, None
+    for factor in factors:
+        shape = value_of(factor).shape
+        if len(shape) == 2 and same_size(shape[0], rows) and same_size(shape[1], 1) and per_row is None:
+            per_row = factor
+    for factor in factors:
+        shape = value_of(factor).shape
+        if factor is per_row:
+            continue
+        if value_of(factor).numel() not in (1, n) or not all(same_size(size, 1) for size in shape[:-1]):
+            return Refusal(f"a factor of shape {list(shape)} is no scale of tokens or outputs", near=True)
+        if per_output is None:
+            per_output = factor
+        elif per_row is None and 1 in (value_of(factor).numel(), value_of(per_output).numel()):
+            # Two scales without rows: the one of a single value belongs to the activations.
+            per_row, per_output = sorted((factor, per_output), key=lambda f: value_of(f).numel())
+        else:
+            return Refusal("more than one scale per output", near=True)
+    if per_output is None:
+        return Refusal("there is no scale of the outputs", near=True)
+    return Integers(x, weight, layout, per_row, per_output)
+
+
+def _product_under(node):
+    """(the integer mm, the factors, dtypes on the way) below a chain of products."""
+    factors, casts = [], []
+    while True:
+        if node.target == aten.mul.Tensor and all(isinstance(arg, torch.fx.Node) for arg in node.args):
+            inner = next((arg for arg in node.args if _above_int_mm(arg)), None)
+            if inner is None:
+                return None
+            factors.append(node.args[1] if node.args[0] is inner else node.args[0])
+            node = inner
+        elif node.target in probe.CASTS:
+            casts.append(value_of(node).dtype)
+            node = node.args[0]
+        else:
+            return (node, factors, casts) if factors and _is_int_mm(node) else None
+
+
+def _above_int_mm(node, depth: int = 8) -> bool:
+    if _is_int_mm(node):
+        return True
+    if depth == 0 or (node.target not in probe.CASTS and node.target != aten.mul.Tensor):
+        return False
+    return any(isinstance(arg, torch.fx.Node) and _above_int_mm(arg, depth - 1) for arg in node.args[:2])
+
+
+def _is_int_mm(node) -> bool:
+    value = value_of(node)
+    return node.target in (aten._int_mm.default, aten.mm.default) and value is not None and value.dtype == torch.int32
+
+
+def _uncast(node):
+    while node.target in probe.CASTS and value_of(node).dtype == torch.int32:
+        node = node.args[0]
+    return node
+
+
+def _bytes(node) -> bool:
+    return value_of(_uncast(node)).dtype == torch.int8
+
+
+def _stored(matrix):
+    """(node, layout) of an int8 weight that is multiplied as [K, N]."""
+    source = _uncast(matrix)
+    if value_of(source).dtype != torch.int8:
+        return None, ""
+    if source.target in (aten.permute.default, aten.t.default, aten.transpose.int):
+        inner = _uncast(source.args[0])
+        if value_of(inner).dtype == torch.int8:
+            return inner, "int8_rows"
+    return source, "int8_columns"
+
+
+def _build_integers(graph, node, match: Integers):
+    call, n = _call(graph), value_of(node).shape[-1]
+    with value_of(node).fake_mode:
+        size = value_of(match.scales).numel()
+        scales = call(aten.view.default, match.scales, [1, int(size)])
+        if size != n:
+            scales = call(aten.expand.default, scales, [1, n])
+        if match.x_scales is None:
+            x_scales = call(aten.full.default, [1], 1.0, dtype=torch.float32, device=value_of(node).device)
+        else:
+            x_scales = match.x_scales
+            if value_of(x_scales).dim() != 2 or not same_size(value_of(x_scales).shape[0], value_of(match.x).shape[0]):
+                x_scales = call(aten.view.default, x_scales, [1])
+        arguments = (_uncast(match.x), match.weight, scales, x_scales)
+        return call(gcu.int8_gemm.default, *arguments, layout=match.layout, out_dtype=value_of(node).dtype)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="dequant_gemm",
+        step="dequant_gemm",
+        anchors=(aten.mm.default, aten.addmm.default),
+        match=_linear,
+        build=_build_linear,
+        eager=eager.dequant_gemm,
+    ),
+    Rule(
+        name="int8_gemm",
+        step="dequant_gemm",
+        anchors=(aten.mul.Tensor,),
+        match=_int_product,
+        build=_build_integers,
+        eager=eager.int8_gemm,
+    ),
+)

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.host import build
+from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host import dequant_gemm as host
 
+NATIVE = ("host_int4", "host_int8")
 ISAS = ("portable", "avx2", "avx512")
 BEST = build.host_isa()
 HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index("avx512" if BEST == "amx" else BEST)]
@@ -31,7 +33,7 @@ def check(arguments):
 def products(draw, sizes=SIZES, rows=(1, 2, 3, 4, 5, 8, 13)):
     k, groups = draw(st.sampled_from(sizes))
     return dequant_arguments(
-        draw(st.sampled_from(sorted(host.LAYOUTS))),
+        draw(st.sampled_from(NATIVE)),
         draw(st.sampled_from(rows)),
         draw(st.sampled_from([1, 3, 16, 40, 64, 65, 130])),
         k,
@@ -60,7 +62,7 @@ def test_long_sweep(arguments):
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", sorted(host.LAYOUTS))
+@pytest.mark.parametrize("layout", NATIVE)
 def test_every_instruction_set(isa, dtype, layout, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
     for m, zeros, g_idx in ((1, False, False), (3, True, False), (4, False, True), (200, True, False)):
@@ -108,7 +110,7 @@ def test_large_activations_and_infinities():
     assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
 
 
-@pytest.mark.parametrize("layout", sorted(host.LAYOUTS))
+@pytest.mark.parametrize("layout", NATIVE)
 def test_grouped(layout):
     experts = [dequant_arguments(layout, 7, 70, 64, 2, torch.bfloat16, zeros=True, bias=True, seed=i) for i in range(4)]
     stacked = {n: torch.stack([one[n] for one in experts]) for n in ("weight", "scales", "zeros", "bias")}
@@ -128,8 +130,33 @@ def test_wrong_group_index_is_named():
         torch.ops.gcu.dequant_gemm(**a)
 
 
-def test_other_layouts_run_as_plain_torch_and_say_so():
+@pytest.mark.parametrize("layout", sorted(layouts.LAYOUTS))
+@pytest.mark.parametrize("zeros", [False, True])
+def test_other_layouts_are_repacked_once(layout, zeros, monkeypatch):
+    a = dequant_arguments(layout, 3, 70, 64, 2, torch.bfloat16, zeros=zeros)
+    check(a)
+    monkeypatch.setattr(layouts, "repack", lambda *args: pytest.fail("repacked again"))
+    check(a)
+
+
+def test_a_weight_that_was_written_is_repacked():
+    a = dequant_arguments("gptq_int4")
+    check(a)
+    a["weight"].copy_(dequant_arguments("gptq_int4", seed=1)["weight"])
+    check(a)
+
+
+def test_a_copy_goes_with_its_weight():
+    a = dequant_arguments("gptq_int4")
+    host.run(**a)
+    before = len(prepack._kept)
+    del a["weight"]
+    assert len(prepack._kept) == before - 1
+
+
+def test_a_weight_that_cannot_be_followed_runs_as_plain_torch_and_says_so():
     registry.fallbacks.clear()
-    torch.ops.gcu.dequant_gemm(**dequant_arguments("awq_int4"))
+    a = dequant_arguments("awq_int4")
+    torch.ops.gcu.dequant_gemm(**{**a, "weight": a["weight"][:]})
     ((name, reason),) = registry.fallbacks
-    assert name == "dequant_gemm" and "layout awq_int4 is not one of host_int4, host_int8" in reason
+    assert name == "dequant_gemm" and "layout awq_int4 is a view" in reason

@@ -1,0 +1,292 @@
+"""Dequantisation as people write it becomes `gcu::dequant_gemm`; what is close but different does not, and says why."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gcu_compile import backend
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.kernels.tolerance import tolerance
+
+N, K, G = 48, 64, 4
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+def run(fn, *args, rule="dequant_gemm", inductor=False, dynamic=None):
+    """(report, result) of compiling `fn`, after the result was held against plain torch in float64-like steps."""
+    torch._dynamo.reset()
+    backend.reports.clear()
+    compiled = torch.compile(fn, backend="gcu", fullgraph=True, dynamic=dynamic, options={"inductor": inductor})
+    with torch.no_grad():
+        actual, expected = compiled(*args), fn(*args)
+    scale = max(1.0, expected.abs().float().mean().item())
+    torch.testing.assert_close(actual, expected, **tolerance(actual.dtype, K, scale))
+    report = backend.reports[-1]
+    return [m for m in report.matches if m.rule == rule], actual
+
+
+def fused(*args, **kwargs):
+    (match,), _ = run(*args, **kwargs)
+    assert match.status == "fused", match.reason
+
+
+def near_miss(reason, *args, **kwargs):
+    (match,), _ = run(*args, **kwargs)
+    assert match.status == "near_miss" and reason in match.reason, (match.status, match.reason)
+
+
+def data(dtype=torch.float32, groups=G, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(3, K, generator=g).to(dtype),
+        "codes": torch.randint(0, 16, (N, K), generator=g),
+        "scales": ((torch.rand(groups, N, generator=g) + 0.5) / 32).to(dtype),
+        "zeros": torch.randint(0, 16, (groups, N), generator=g),
+        "bias": torch.randn(N, generator=g).to(dtype),
+    }
+
+
+# Ten spellings of one thing. Each takes what `data` makes, packed as it wants, and returns (function, arguments).
+
+
+def gptq(d, plus_one=False, g_idx=False):
+    """AutoGPTQ / Hugging Face: int32 words along K, packed zeros, scales gathered by g_idx or repeated."""
+    qweight = layouts.pack(d["codes"], layouts.get("gptq_int4"))
+    zeros = (d["zeros"] - 1) % 16 if plus_one else d["zeros"]
+    qzeros = layouts.pack(zeros, layouts.get("int4_rows_i32"))
+    index = torch.randint(0, len(d["scales"]), (K,), dtype=torch.int32)
+
+    def fn(x, qweight, qzeros, scales, index):
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        codes = ((qweight.unsqueeze(1) >> shifts.view(1, 8, 1)) & 15).reshape(K, N)
+        zeros = ((qzeros.unsqueeze(2) >> shifts.view(1, 1, 8)) & 15).reshape(-1, N)
+        if plus_one:
+            zeros = (zeros + 1) & 15
+        if g_idx:
+            weight = scales[index.long()] * (codes - zeros[index.long()])
+        else:
+            size = K // scales.shape[0]
+            spread = zeros.repeat_interleave(size, 0)
+            weight = scales.repeat_interleave(size, 0) * (codes - spread).to(scales.dtype)
+        return torch.matmul(x, weight.to(x.dtype))
+
+    return fn, (d["x"], qweight, qzeros, d["scales"], index)
+
+
+def awq(d):
+    """AutoAWQ: words along N in the order 0 2 4 6 1 3 5 7, undone by a gather."""
+    qweight = layouts.pack(d["codes"], layouts.get("awq_int4"))
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+
+    def fn(x, qweight, zeros, scales):
+        shifts = torch.tensor(order, dtype=torch.int32) * 4
+        codes = ((qweight.unsqueeze(-1) >> shifts) & 15).reshape(K, N)
+        size = K // scales.shape[0]
+        weight = (codes - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)
+        return x @ weight
+
+    return fn, (d["x"], qweight, d["zeros"], d["scales"])
+
+
+def nibbles(d, bias=True):
+    """Ten lines of anyone's: two codes a byte, groups as a dimension, F.linear with a bias."""
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
+
+    def fn(x, packed, scales, bias):
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(N, -1, K // scales.shape[1])
+        weight = (codes.to(x.dtype) - 8) * scales.unsqueeze(-1)
+        return torch.nn.functional.linear(x, weight.reshape(N, K), bias if d.get("with_bias", True) else None)
+
+    return fn, (d["x"], packed, d["scales"].T.contiguous(), d["bias"])
+
+
+def torchao_int8(d):
+    """torchao's int8 weight-only: a scale per output, applied to the weight."""
+    weight = (d["codes"] - 8).to(torch.int8)
+
+    def fn(x, weight, scales):
+        return torch.nn.functional.linear(x, weight.to(x.dtype) * scales.unsqueeze(1))
+
+    return fn, (d["x"], weight, d["scales"][0].contiguous())
+
+
+def compressed_tensors(d):
+    """compressed-tensors pack-quantized with zero points: codes and zeros centred on 0."""
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows_i32"))
+
+    def fn(x, packed, scales, zeros):
+        codes = torch.stack([(packed >> (4 * i)) & 15 for i in range(8)], dim=-1).reshape(N, K) - 8
+        codes = codes.view(N, scales.shape[1], -1)
+        weight = ((codes - zeros.unsqueeze(-1)).to(scales.dtype) * scales.unsqueeze(-1)).view(N, K)
+        return x @ weight.T
+
+    return fn, (d["x"], packed, d["scales"].T.contiguous(), (d["zeros"] - 8).T.to(torch.int8).contiguous())
+
+
+def signed_nibbles(d):
+    """Two's complement by a comparison."""
+    packed = layouts.pack(d["codes"] - 8, layouts.get("int4_rows_signed"))
+
+    def fn(x, packed, scale):
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(N, K).to(torch.int8)
+        codes = torch.where(codes > 7, codes - 16, codes)
+        return x @ (codes.to(x.dtype) * scale).T
+
+    return fn, (d["x"], packed, d["scales"][0, 0].clone())
+
+
+SPELLINGS = {
+    "gptq": gptq,
+    "gptq v1 zeros": lambda d: gptq(d, plus_one=True),
+    "gptq act-order": lambda d: gptq(d, g_idx=True),
+    "awq": awq,
+    "nibbles, groups, bias": nibbles,
+    "torchao int8": torchao_int8,
+    "compressed-tensors": compressed_tensors,
+    "signed nibbles, one scale": signed_nibbles,
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_are_fused(name, dtype):
+    fn, args = SPELLINGS[name](data(dtype))
+    fused(fn, *args)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(SPELLINGS)), st.sampled_from([1, 2, 8, 32]), st.integers(0, 99))
+def test_any_group_size(name, groups, seed):
+    fn, args = SPELLINGS[name](data(torch.float32, groups, seed))
+    fused(fn, *args)
+
+
+def test_rows_may_be_symbolic_and_a_batch():
+    fn, args = nibbles(data())
+    x = torch.randn(2, 5, K)
+    torch._dynamo.mark_dynamic(x, 1)
+    fused(fn, x, *args[1:])
+
+
+def test_a_weight_of_symbolic_size_is_refused():
+    fn, args = torchao_int8(data())
+    matches, _ = run(fn, *args, dynamic=True)
+    assert [(m.status, m.reason) for m in matches] == [("skipped", "the weight has a symbolic size")]
+
+
+def test_through_inductor_the_kernel_runs_on_weights_repacked_once():
+    fn, args = gptq(data(torch.bfloat16))
+    before = registry.calls["dequant_gemm", "host_cpp"]
+    fused(fn, *args, inductor=True)
+    assert registry.calls["dequant_gemm", "host_cpp"] > before
+
+
+def test_layers_of_one_structure_are_probed_once(monkeypatch):
+    from gcu_compile.lowering.rules import quantised_weight
+
+    quantised_weight._known.clear()
+    fn, args = torchao_int8(data())
+    runs = []
+    examine = quantised_weight._examine
+    monkeypatch.setattr(quantised_weight, "_examine", lambda *a: (runs.append(1), examine(*a))[1])
+
+    def twice(x, w1, s1, w2, s2):
+        return fn(x, w1, s1) + fn(x, w2, s2)
+
+    matches, _ = run(twice, *args, *args[1:])
+    assert [m.status for m in matches] == ["fused", "fused"] and len(runs) == 1
+
+
+def test_a_plain_linear_is_not_its_business():
+    matches, _ = run(lambda x, w: torch.nn.functional.linear(x, w), torch.randn(3, K), torch.randn(N, K))
+    assert matches == []
+
+
+def test_a_scaled_float_weight_is_not_its_business():
+    matches, _ = run(lambda x, w, s: x @ (w * s), torch.randn(3, K), torch.randn(K, N), torch.rand(N))
+    assert matches == []
+
+
+def test_near_miss_a_code_of_other_bits():
+    d = data()
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
+
+    def fn(x, packed, scales):  # the upper code shifted by three
+        codes = torch.stack([packed & 15, (packed >> 3) & 15], dim=-1).reshape(N, K)
+        return x @ ((codes.to(x.dtype) - 8) * scales.unsqueeze(1)).T
+
+    near_miss("no known layout", fn, d["x"], packed, d["scales"][0].contiguous())
+
+
+def test_near_miss_not_centred():
+    d = data()
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
+
+    def fn(x, packed, scales):
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(N, K)
+        return x @ ((codes.to(x.dtype) - 7) * scales.unsqueeze(1)).T
+
+    near_miss("not centred on its midpoint", fn, d["x"], packed, d["scales"][0].contiguous())
+
+
+def test_near_miss_groups_that_are_no_neighbours():
+    d = data()
+    weight = (d["codes"] - 8).to(torch.int8)
+
+    def fn(x, weight, scales):  # group of k is k % 4
+        return x @ (weight.T.to(x.dtype) * scales.repeat(K // G, 1))
+
+    near_miss("do not follow groups of neighbouring inputs", fn, d["x"], weight, d["scales"])
+
+
+def test_near_miss_rounded_before_a_wider_product():
+    d = data()
+
+    def fn(x, weight, scales):
+        return x @ (weight.to(torch.bfloat16) * scales).T.float()
+
+    weight, scales = (d["codes"] - 8).to(torch.int8), d["scales"][0].unsqueeze(1).bfloat16()
+    near_miss("rounded to torch.bfloat16 for a wider product", fn, d["x"], weight, scales)
+
+
+def test_near_miss_addend_that_is_no_bias():
+    d = data()
+
+    def fn(x, weight, scales, other):
+        return torch.addmm(other, x, (weight.to(x.dtype) * scales).T)
+
+    args = (d["x"], (d["codes"] - 8).to(torch.int8), d["scales"][0].unsqueeze(1), torch.randn(3, N))
+    near_miss("not a bias", fn, *args)
+
+
+def integers(x, weight, x_scale, scale):
+    codes = (x / x_scale).round().clamp(-128, 127).to(torch.int8)
+    return ((torch._int_mm(codes, weight.t()).float() * x_scale) * scale).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [(N,), (1, N), ()])
+def test_integer_product_and_scales(dtype, scale):
+    x, weight = torch.randn(33, K).to(dtype), (data()["codes"] - 8).to(torch.int8)
+    x_scale = x.float().abs().amax(-1, keepdim=True) / 127
+    matches, _ = run(integers, x, weight, x_scale, torch.rand(scale) / 8, rule="int8_gemm")
+    assert [m.status for m in matches] == ["fused"], matches
+
+
+def test_integer_product_without_scales_is_not_its_business():
+    def fn(x, w):
+        return torch._int_mm(x, w.t()).float()
+
+    x = torch.randint(-8, 8, (33, K), dtype=torch.int8)
+    assert run(fn, x, (data()["codes"] - 8).to(torch.int8), rule="int8_gemm")[0] == []
+
+
+def test_integer_product_near_miss_rounded_sum():
+    def fn(x, w, s):
+        return torch._int_mm(x, w.t()).bfloat16() * s
+
+    x = torch.randint(-8, 8, (33, K), dtype=torch.int8)
+    w, s = (data()["codes"] - 8).to(torch.int8), (torch.rand(N) / 8).bfloat16()
+    near_miss("rounded before it is scaled", fn, x, w, s, rule="int8_gemm")
