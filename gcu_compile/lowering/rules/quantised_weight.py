@@ -157,7 +157,9 @@ def _examine(matrix, product, weight, inputs) -> Weight | Refusal:
     result = Weight(weight, layout.name, scales, zeros, offset, next(iter(used), None))
     if zeros is not None and zeros.groups not in (1, scales.groups):
         return Refusal(f"{scales.groups} groups of scales, {zeros.groups} of zeros", near=True)
-    return result if _equal(matrix, result, index) else Refusal("the arithmetic is not (code - zero) * scale", near=True)
+    if not _equal(matrix, result, index):
+        return Refusal("the arithmetic is not (code - zero) * scale", near=True)
+    return result
 
 
 def _random(node: torch.fx.Node, seed: int = 0) -> torch.Tensor:
