@@ -78,7 +78,8 @@ _RULES = (
         "address-abort",
         "A tensor address through any other operation reaches llvm_unreachable.",
         "abort",
-        "do it on scalars; clamp with tl.where, never tl.maximum, & or >>",
+        "do it on scalars; clamp by tl.where(in_range, i, 0), never tl.maximum, & or >>. A tl.where of the two values "
+        "that its condition compares is folded to a maximum too",
         f"{PTR}; {TORCH_FL} (arith.maxsi, measured)",
     ),
     Rule(

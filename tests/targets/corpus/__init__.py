@@ -1,0 +1,1 @@
+"""Kernels with known verdicts; see README.md."""
