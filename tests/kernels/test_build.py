@@ -16,9 +16,14 @@ from gcu_compile.kernels.host import build
 @pytest.fixture(autouse=True)
 def forget():
     """Libraries loaded by other tests are not looked at here, and these not there."""
-    build._load.cache_clear()
+    forget_libraries()
     yield
+    forget_libraries()
+
+
+def forget_libraries():
     build._load.cache_clear()
+    build._load_for.cache_clear()
 
 
 def libraries(folder):
@@ -30,7 +35,7 @@ def test_second_load_builds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "portable")
     build.load("sample")
     (library,) = libraries(tmp_path)
-    build._load.cache_clear()
+    forget_libraries()
     monkeypatch.setattr(build, "_compile", lambda *a: pytest.fail("built again"))
     build.load("sample")
     assert libraries(tmp_path) == [library]
@@ -85,3 +90,14 @@ def test_two_processes_at_once(tmp_path):
     pair = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in pair] == [b"True", b"True"]
     assert len(libraries(tmp_path)) == 1
+
+
+def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "answer.cpp").write_text('#include "inner/answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    (tmp_path / "inner").mkdir()
+    for value in (41, 42):
+        (tmp_path / "inner" / "answer.h").write_text(f"#define ANSWER {value}\n")
+        forget_libraries()
+        assert build.load("answer").answer() == value

@@ -10,7 +10,9 @@ import ctypes
 import functools
 import hashlib
 import logging
+import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -22,7 +24,11 @@ from gcu_compile.options import resolve
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+# Results stay those of IEEE arithmetic: the last two only say that nobody reads its exception flags or errno.
+FLAGS = (
+    *("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"),
+    *("-fno-trapping-math", "-fno-math-errno"),
+)
 # Option host_isa -> what the compiler is told (psABI levels of x86-64).
 ISA_FLAGS = {
     "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -30,6 +36,8 @@ ISA_FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
 }
+# What decides which library is loaded.
+VARIABLES = ("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")
 BY_CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
@@ -64,6 +72,12 @@ def load(name: str) -> ctypes.CDLL:
     Raises:
         KernelBuildError: no g++ (or `CXX`), or it refused the source.
     """
+    return _load_for(name, *map(os.environ.get, VARIABLES))
+
+
+@functools.cache
+def _load_for(name: str, *environ: str | None) -> ctypes.CDLL:
+    """Reading the options costs more than a small kernel runs: it is done once per environment."""
     return _load(name, host_isa(), str(resolve().effective_cache_dir()))
 
 
@@ -72,8 +86,7 @@ def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
     source = HERE / f"{name}.cpp"
     compiler = find_compiler()
     flags = (*FLAGS, *(isa_flags(isa) if platform.machine() in ("x86_64", "AMD64") else ()))
-    texts = b"".join(path.read_bytes() for path in (source, *sorted(HERE.glob("*.h"))))
-    key = hashlib.sha256(texts + repr((flags, version(compiler))).encode()).hexdigest()[:20]
+    key = hashlib.sha256(_text(source) + repr((flags, version(compiler))).encode()).hexdigest()[:20]
     library = writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
     if library.exists():
         try:
@@ -82,3 +95,18 @@ def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
             log.warning("%s is damaged (%s); it is built again", library, error)
     _compile(compiler, flags, source, library)
     return ctypes.CDLL(str(library))
+
+
+def _text(source: Path) -> bytes:
+    """A source and the headers beside it that it includes, each once."""
+    found: dict[Path, bytes] = {}
+
+    def take(path: Path) -> None:
+        if path in found or not path.exists():  # one that is missing is the compiler's to name
+            return
+        found[path] = path.read_bytes()
+        for name in re.findall(rb'^#include "(.+)"', found[path], re.MULTILINE):
+            take(path.parent / name.decode())
+
+    take(source)
+    return b"".join(found.values())

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
+from gcu_compile.errors import InvalidInputError, KernelBuildError
 from gcu_compile.kernels.host import build
 
 POINTERS = (
@@ -30,6 +30,15 @@ POINTERS = (
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+# What gcu_sample returns when it refuses a list, as `enum Fault` of sample.cpp says it.
+FAULTS = {
+    1: "bias_offsets do not cut bias_ids into {rows} rows",
+    2: "bias_ids leave the vocabulary of {vocab}",
+    3: "history_offsets do not cut history_ids into {rows} rows",
+    4: "history_ids leave the vocabulary of {vocab}",
+}
+
+
 class Arguments(ctypes.Structure):
     """`struct Arguments` of sample.cpp, field by field."""
 
@@ -43,6 +52,8 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name, _ in POINTERS),
         ("ids", ctypes.c_void_p),
         ("kept", ctypes.c_void_p),
+        ("bias_count", ctypes.c_int64),
+        ("history_count", ctypes.c_int64),
     )
 
 
@@ -64,21 +75,31 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> t
 
     Args:
         kept: [rows, vocab] bool, written with the kept set; for tests.
+
+    Raises:
+        InvalidInputError: offsets or ids of a list that leave it or the vocabulary.
     """
     rows, vocab = logits.shape
     ids = torch.empty(rows, dtype=torch.int64)
-    # Converted tensors must live until the call is over.
-    held = {name: settings[name].to(dtype).contiguous() for name, dtype in POINTERS if settings.get(name) is not None}
     arguments = Arguments(
-        logits=logits.data_ptr(),
-        rows=rows,
-        vocab=vocab,
-        stride=logits.stride(0),
-        dtype=DTYPES[logits.dtype],
-        threads=torch.get_num_threads(),
-        ids=ids.data_ptr(),
-        kept=None if kept is None else kept.data_ptr(),
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
+        logits.data_ptr(), rows, vocab, logits.stride(0), DTYPES[logits.dtype], torch.get_num_threads()
     )
-    build.load("sample").gcu_sample(ctypes.byref(arguments))
+    arguments.ids = ids.data_ptr()
+    if kept is not None:
+        arguments.kept = kept.data_ptr()
+    held = []  # converted tensors must live until the call is over
+    for name, dtype in POINTERS:
+        value = settings.get(name)
+        if value is None:
+            continue
+        if value.dtype != dtype or not value.is_contiguous():
+            value = value.to(dtype).contiguous()
+            held.append(value)
+        setattr(arguments, name, value.data_ptr())
+    for kind in ("bias", "history"):
+        if settings.get(f"{kind}_ids") is not None:
+            setattr(arguments, f"{kind}_count", settings[f"{kind}_ids"].numel())
+    fault = build.load("sample").gcu_sample(ctypes.byref(arguments))
+    if fault:
+        raise InvalidInputError("gcu::sample: " + FAULTS[fault].format(rows=rows, vocab=vocab))
     return ids

@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def check(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings) -> None:
-    """Raise `InvalidInputError` for shapes and list offsets that no kernel can take."""
+    """Raise `InvalidInputError` for shapes that no kernel can take. It runs in every step and touches no values."""
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise InvalidInputError(f"gcu::sample: logits are {tuple(logits.shape)}, expected [rows, vocab]")
     rows = logits.shape[0]
@@ -51,10 +51,18 @@ def check(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **
             continue
         if offsets.shape != (rows + 1,) or ids is None or other is None or ids.shape != other.shape:
             raise InvalidInputError(f"gcu::sample: {kind}_offsets, {kind}_ids and {values} do not fit together")
-        if int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
+
+
+def check_lists(rows: int, vocab: int, settings: dict[str, torch.Tensor | None]) -> None:
+    """Raise `InvalidInputError` for lists that leave their rows or the vocabulary; kernels check this themselves."""
+    for kind in ("bias", "history"):
+        offsets, ids = settings.get(f"{kind}_offsets"), settings.get(f"{kind}_ids")
+        if offsets is None:
+            continue
+        if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
             raise InvalidInputError(f"gcu::sample: {kind}_offsets do not cut {kind}_ids into {rows} rows")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[1]:
-            raise InvalidInputError(f"gcu::sample: {kind}_ids leave the vocabulary of {logits.shape[1]}")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise InvalidInputError(f"gcu::sample: {kind}_ids leave the vocabulary of {vocab}")
 
 
 def _named(function):
@@ -81,6 +89,7 @@ def _run_triton(logits, **settings):
 def _eager(logits, **settings):
     if not isinstance(logits, torch._subclasses.FakeTensor):  # a fake tensor has no values to check
         check(logits, **settings)
+        check_lists(*logits.shape, settings)
     return eager.sample(logits, **settings)
 
 

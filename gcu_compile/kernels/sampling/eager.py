@@ -46,7 +46,7 @@ def adjusted(
         value = torch.where(value > 0, value / repetition[rows], value * repetition[rows])
         value = value - frequency[rows] * counts
         value = value - torch.where(counts > 0, presence[rows], 0.0)
-        z[rows, ids] = value
+        z[rows, ids] = torch.where(value.isnan(), minus, value)
     return z
 
 

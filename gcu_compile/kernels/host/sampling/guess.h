@@ -1,0 +1,157 @@
+// Where a threshold will lie, from two values of each group of the row: its maximum and one other.
+//
+// A group's mass is estimated as w(maximum) + size w(other), the latter unless it is the maximum: unbiased, and exact
+// in the few large weights that make most of the mass. A histogram of these over [max - range, max] tells the mass and count from a value on.
+// Guesses are checked by exact sums: a bad one costs a pass, never a wrong result.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "logits.h"
+#include "weights.h"
+
+struct Interval {
+  int32_t low, high;  // keys: low <= threshold < high
+};
+
+struct Groups {
+  std::vector<float> maxima, others;  // [blocks * GROUPS]
+  std::vector<float> sizes;           // [blocks]: of its groups
+
+  void resize(int64_t blocks) {
+    maxima.resize(blocks * GROUPS), others.resize(blocks * GROUPS), sizes.resize(blocks);
+  }
+
+  // Reads block b, n values at z; returns its maximum.
+  float take(int64_t b, const float* z, int n) {
+    alignas(64) float m[GROUPS];
+    std::copy(z, z + GROUPS, m);
+    typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+    Vector m0 = *reinterpret_cast<const Vector*>(z), m1 = *reinterpret_cast<const Vector*>(z + 16);
+    for (int i = GROUPS; i < n; i += GROUPS) {
+      Vector v0 = *reinterpret_cast<const Vector*>(z + i), v1 = *reinterpret_cast<const Vector*>(z + i + 16);
+      m0 = v0 > m0 ? v0 : m0, m1 = v1 > m1 ? v1 : m1;
+    }
+    std::memcpy(m, &m0, sizeof m0), std::memcpy(m + 16, &m1, sizeof m1);
+    int place = int(b * 37 % (n / GROUPS)) * GROUPS;
+    std::copy(m, m + GROUPS, maxima.data() + b * GROUPS);
+    std::copy(z + place, z + place + GROUPS, others.data() + b * GROUPS);
+    sizes[b] = float(n / GROUPS);
+    return *std::max_element(m, m + GROUPS);
+  }
+};
+
+class Guess {
+ public:
+  static constexpr int BINS = 256;
+
+  // By mass where `weights` are given, else by count. `max` is finite.
+  Guess(const Groups& groups, float max, const Weights* weights, float floor) : max_(max) {
+    float least = max;
+    for (float m : groups.maxima) least = m >= floor && m < least ? m : least;
+    if (weights) {
+      for (float z : groups.others) least = z >= floor && z < least ? z : least;
+      least = std::max(least, float(max - 22.0 / weights->inverse));  // e^-22 of the largest weighs nothing
+    }
+    double range = std::max(double(max) - least, 1e-30 + std::fabs(double(max)) * 1e-7);
+    scale_ = float(BINS / range * 0.9999);
+    for (size_t b = 0; b < groups.sizes.size(); ++b) {
+      const float *m = groups.maxima.data() + b * GROUPS, *z = groups.others.data() + b * GROUPS;
+      alignas(64) float both[2 * GROUPS];
+      for (int i = 0; i < GROUPS; ++i) {
+        both[i] = m[i] >= floor ? m[i] : -INF;
+        both[GROUPS + i] = z[i] >= floor && z[i] < m[i] ? z[i] : -INF;
+      }
+      add(both, groups.sizes[b], weights);
+    }
+    for (const Bin& bin : bins_) total_ += bin.mass;
+  }
+
+  // From a value on there are at least k tokens, for k up to a part of the groups: their maxima alone tell.
+  Interval count(int64_t k, int32_t low, int32_t high, int64_t room) const {
+    int64_t groups = 0;
+    for (int i = 0; i < BINS; ++i) groups += bins_[i].maxima;
+    if (k * 2 <= groups) {
+      int64_t sum = 0;
+      for (int i = 0; i < BINS; ++i) if ((sum += bins_[i].maxima) >= k) return {edge(i), high};
+    }
+    double spread = 3 * std::sqrt(double(k) * total_ / std::max<int64_t>(1, groups));
+    return around(double(k), spread, high, low, room);
+  }
+
+  // After a miss: the part of [low, high) next to the end that is known to be near.
+  Interval beside(int32_t low, int32_t high, bool near_high, int64_t room) const {
+    double count = 0;
+    if (near_high) {
+      int i = bin_of(float_of(high));
+      while (i < BINS && count + bins_[i].count < double(room)) count += bins_[i++].count;
+      return {i == BINS ? low : edge(i), high};
+    }
+    int i = bin_of(float_of(low));
+    while (i > 0 && count + bins_[i].count < double(room)) count += bins_[i--].count;
+    return {low, i == 0 ? high : edge(i)};
+  }
+
+  // From a value on the mass is `share` of all.
+  Interval mass(double share, int32_t low, int32_t high, int64_t room) const {
+    double above = 0, sum = 0;
+    int at = 0;
+    for (; at < BINS - 1 && (sum + bins_[at].mass) < share * total_; ++at) sum += bins_[at].mass, above += bins_[at].square;
+    double below = 0;
+    for (int i = at; i < BINS; ++i) below += bins_[i].square;
+    double deviation = std::sqrt((1 - share) * (1 - share) * above + share * share * below);
+    return around(share * total_, 2.5 * deviation, high, low, room);
+  }
+
+ private:
+  struct alignas(32) Bin {
+    double mass, square, count, maxima;
+  };
+
+  void add(const float* z, float size, const Weights* weights) {
+    alignas(64) int32_t at[2 * GROUPS];
+    alignas(64) double w[2 * GROUPS];
+    float max = max_, scale = scale_;
+#pragma omp simd
+    for (int i = 0; i < 2 * GROUPS; ++i) at[i] = int32_t(std::min((max - z[i]) * scale, float(BINS - 1)));
+    if (weights) weights->each(z, 2 * GROUPS, w);
+    else std::fill(w, w + 2 * GROUPS, 1.0);
+    for (int i = 0; i < GROUPS; ++i) {
+      if (z[i] == -INF) continue;
+      Bin& bin = bins_[at[i]];
+      bin.mass += w[i], bin.count += 1, bin.maxima += 1;
+    }
+    for (int i = GROUPS; i < 2 * GROUPS; ++i) {
+      if (z[i] == -INF || w[i] == 0) continue;
+      Bin& bin = bins_[at[i]];
+      double mass = w[i] * size;
+      bin.mass += mass, bin.square += mass * mass, bin.count += size;
+    }
+  }
+  int bin_of(float z) const { return z <= max_ ? int(std::min((max_ - z) * scale_, float(BINS - 1))) : 0; }
+  int32_t edge(int bin) const { return key_of(max_ - (bin + 1.01f) / scale_); }
+
+  Interval around(double goal, double spread, int32_t high, int32_t low, int64_t room) const {
+    double sum = 0, count = 0, inside = 0;
+    int first = 0, at = 0;
+    for (; first < BINS - 1 && sum + bins_[first].mass < goal - spread; ++first) sum += bins_[first].mass, count += bins_[first].count;
+    double from_first = count;
+    for (at = first; at < BINS - 1 && sum + bins_[at].mass < goal + spread; ++at) sum += bins_[at].mass, inside += bins_[at].count;
+    inside += bins_[at].count;
+    if (from_first + inside <= room) return {at == BINS - 1 ? low : edge(at), high};  // the whole set has room
+    int last = at;
+    while (inside > room && last > first) {  // too wide: take the ends off in turn
+      if ((last - first) % 2) inside -= bins_[last--].count;
+      else inside -= bins_[first++].count;
+    }
+    return {last == BINS - 1 ? low : edge(last), first == 0 ? high : edge(first - 1)};
+  }
+
+  float max_, scale_ = 1;
+  double total_ = 0;
+  Bin bins_[BINS] = {};
+};

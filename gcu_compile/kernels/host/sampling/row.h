@@ -1,0 +1,371 @@
+// One row: from logits to a token id. The meaning is that of sampling/eager.py.
+//
+//   maximum, and two values of each group            one pass over memory
+//   top-k / top-p: an interval that holds the threshold is guessed; one pass counts and weighs what is
+//     above it and gathers the few tokens inside, which are then searched
+//   one uniform number walks the blocks' weights, then one block's tokens
+//
+// Masses are first sums of float32 weights with a proven error (weights.h). A comparison that comes nearer than the
+// error makes the row `unsure`, and it is done again in float64: the result is always the one of float64.
+#pragma once
+
+#include <omp.h>
+
+#include "philox.h"
+#include "scratch.h"
+
+constexpr float NONE = std::numeric_limits<float>::quiet_NaN();  // as an upper limit: z >= NONE is false
+constexpr float GREEDY = 1e-5f;  // temperatures below mean greedy, as in vLLM
+
+class Row {
+ public:
+  // `pool`: a scratch per thread that works on this row.
+  Row(const Arguments& in, int64_t row, Scratch* const* pool, int threads)
+      : in_(in), row_(row), logits_(in, row), blocks_(logits_.blocks()), pool_(pool), threads_(threads), own_(*pool[0]) {
+    own_.resize(blocks_);
+  }
+
+  int64_t sample() {
+    maximum();
+    if (max_ == -INF) return write(Kept{INT32_MAX, -1}), 0;  // nothing left: documented as id 0
+    float temperature = in_.temperature ? in_.temperature[row_] : 0.0f;
+    if (!(temperature >= GREEDY)) return first_of_maximum();
+    int64_t id = chain(temperature, false);
+    return unsure_ ? chain(temperature, true) : id;
+  }
+
+ private:
+  int64_t chain(float temperature, bool exact) {
+    unsure_ = complete_ = blocks_weighed_ = false;
+    total_ = -1;
+    weights_ = Weights(max_, temperature, -FLT_MAX, true);
+    float floor = std::max(-FLT_MAX, min_p_floor());
+    weights_ = Weights(max_, temperature, floor, exact || max_ == INF);
+    Kept kept{key_of(floor), ALL_TIES};
+    int64_t k = in_.top_k ? in_.top_k[row_] : 0;
+    double p = in_.top_p ? in_.top_p[row_] : 1.0;
+    if (k > 0 && k < in_.vocab) kept = limit_count(kept, k);
+    if (p < 1.0) kept = limit_mass(kept, p);
+    write(kept);
+    double u = uniform(in_.seeds[row_], in_.positions[row_]);
+    return complete_ ? draw_candidates(u) : draw_blocks(kept, u);
+  }
+
+  template <class Body>
+  void each_block(Body body) {
+    if (threads_ == 1) {
+      for (int64_t b = 0; b < blocks_; ++b) body(b, own_.block, logits_.load(b, own_.block), own_);
+      return;
+    }
+#pragma omp parallel num_threads(threads_)
+    {
+      int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+      Scratch& scratch = *pool_[t];
+      for (int64_t b = blocks_ * t / of; b < blocks_ * (t + 1) / of; ++b) {
+        body(b, scratch.block, logits_.load(b, scratch.block), scratch);
+      }
+    }
+  }
+
+  void maximum() {
+    each_block([&](int64_t b, const float* z, int n, Scratch&) { own_.maxima[b] = own_.groups.take(b, z, n); });
+    max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
+  }
+
+  int64_t first_of_maximum() {
+    int64_t b = std::find(own_.maxima.begin(), own_.maxima.end(), max_) - own_.maxima.begin();
+    int n = logits_.load(b, own_.block);
+    int64_t id = b * BLOCK + (std::find(own_.block, own_.block + n, max_) - own_.block);
+    write(Kept{key_of(max_), id});
+    return id;
+  }
+
+  // The smallest z whose probability is at least min_p of the largest.
+  float min_p_floor() const {
+    double p = in_.min_p ? in_.min_p[row_] : 0.0;
+    if (!(p > 0)) return -INF;
+    if (p >= 1 || max_ == INF) return max_;
+    float z = std::min(float(double(max_) + std::log(p) / weights_.inverse), max_);
+    while (weights_.exact(z) < p) z = std::nextafterf(z, INF);
+    while (z > -FLT_MAX && weights_.exact(std::nextafterf(z, -INF)) >= p) z = std::nextafterf(z, -INF);
+    return z;
+  }
+
+  Kept limit_count(const Kept& within, int64_t k) {
+    return select(within, nullptr, [k](int64_t count, double) { return count >= k; },
+                  [k](const Guess& guess, int32_t low, int32_t high) { return guess.count(k, low, high, ROOM * 3 / 4); });
+  }
+
+  Kept limit_mass(const Kept& within, double p) {
+    if (complete_) {  // few tokens: float64 at once
+      weights_.narrow = false;
+      weigh_candidates();
+      total_ = 0;
+      for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
+    } else if (within.last != ALL_TIES) {
+      total_ = weigh_blocks(within);
+    }
+    return select(within, &weights_, [&](int64_t count, double mass) { return count > 0 && excess(mass, p) >= 0; },
+                  [p](const Guess& guess, int32_t low, int32_t high) { return guess.mass(p, low, high, ROOM * 3 / 4); });
+  }
+
+  // The sign of mass - share * total_. Both sums hold the same weights, so that an error in one is an error in the
+  // other: what counts is (1 - share) * mass against share * rest.
+  double excess(double mass, double share) {
+    if (!weights_.narrow) return mass - share * total_;
+    double in = (1 - share) * mass, out = share * (total_ - mass);
+    double error = Weights::ERROR * (std::fabs(in) + std::fabs(out)) + total_ * double(BLOCK + blocks_) * 0x1p-53;
+    if (std::fabs(in - out) <= error) unsure_ = true;
+    return in - out;
+  }
+
+  // The shortest prefix, by descending z and ascending id, of the set `within` that `reached(count, mass)`.
+  // `weights`: null where only counts matter. `guess_of(guess, low, high)` gives a first interval.
+  template <class Reached, class GuessOf>
+  Kept select(const Kept& within, const Weights* weights, Reached reached, GuessOf guess_of) {
+    int32_t low = within.key, high = key_of(max_) + 1;  // low <= threshold < high
+    if (complete_) return pick(within, low, high, 0, 0, reached);
+    int64_t count_low = INT64_MAX, count_high = 0;
+    Interval next{high - 1, high};
+    alignas(Guess) char memory[sizeof(Guess)];
+    const Guess* guess = nullptr;
+    if (max_ < INF && int64_t(high) - low > 1) {
+      guess = new (memory) Guess(own_.groups, max_, weights, float_of(low));
+      next = guess_of(*guess, low, high);
+    }
+    for (int tries = 0;; ++tries) {
+      int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
+      bool first = weights && total_ < 0;  // nothing is known of the whole yet
+      bool fits = scan(first ? float_of(low) : float_of(l), float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h), weights);
+      int64_t above = sum(own_.beyond), from = above + sum(own_.inside);
+      double mass_above = sum(own_.above), mass_from = sum(own_.from);
+      if (first) {
+        total_ = mass_from, mass_from = mass_above;
+        if (fits) for (int i = 0; i < own_.n; ++i) mass_from += own_.weights[i];
+      }
+      bool top = tries == 0 || h == high, bottom = tries == 0 || l == low;
+      if (h < high && reached(above, mass_above)) {
+        low = h, count_low = above;
+        if (guess && bottom) next = guess->beside(low, high, false, ROOM / 2);
+      } else if (!fits && first && l > low) {  // whether l is low enough is not known
+        high = h, count_high = above;
+        next = {middle(l, h), high};
+        continue;
+      } else if (l == low || reached(from, mass_from)) {
+        if (fits) {
+          complete_ = count_high == 0 && above == 0;
+          return pick(within, l, h, above, mass_above, reached);
+        }
+        if (int64_t(h) - l == 1) return split_ties(within, l, above, mass_above, reached);
+        low = l, high = h, count_low = from, count_high = above, top = bottom = true;
+        next = {middle(low, high), high};
+      } else {
+        high = l, count_high = from;
+        if (guess && top) next = guess->beside(low, high, true, ROOM / 2);
+      }
+      if (count_low - count_high <= ROOM) next = {low, high};
+      else if (tries > 2 || !guess) next = {middle(low, high), high};
+    }
+  }
+
+  // One pass: per block the mass from `from` on and from `high` on, the number of tokens from `high` on and in
+  // [low, high), and the tokens of [low, high); returns whether they had room.
+  bool scan(float from, float low, float high, const Weights* weights) {
+    for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
+    each_block([&](int64_t b, const float* z, int n, Scratch& scratch) {
+      own_.from[b] = own_.above[b] = 0;
+      own_.inside[b] = own_.beyond[b] = 0;
+      if (weights && own_.maxima[b] >= from) own_.from[b] = weights->sum(z, n, from);
+      if (own_.maxima[b] < low) return;
+      sift(z, n, b * BLOCK, low, high, scratch, own_.inside[b], own_.beyond[b]);
+      if (!weights || own_.beyond[b] == 0) return;
+      int64_t padded = (own_.beyond[b] + GROUPS - 1) / GROUPS * GROUPS;
+      std::fill(scratch.upper() + own_.beyond[b], scratch.upper() + padded, -INF);
+      own_.above[b] = weights->sum(scratch.upper(), int(padded), high);
+    });
+    for (int t = 1; t < threads_; ++t) {
+      if (own_.n + pool_[t]->n > ROOM) return false;
+      std::copy_n(pool_[t]->values, pool_[t]->n, own_.values + own_.n);
+      std::copy_n(pool_[t]->ids, pool_[t]->n, own_.ids + own_.n);
+      own_.n += pool_[t]->n;
+    }
+    if (own_.n > ROOM) return false;
+    if (weights) weigh_candidates();
+    return true;
+  }
+
+  void weigh_candidates() { weights_.each(own_.values, own_.n, own_.weights); }
+
+  template <class T>
+  static T sum(const std::vector<T>& values) {
+    T s = 0;
+    for (T v : values) s += v;
+    return s;
+  }
+
+  // Searches the gathered tokens, all those of [low, high); `above` and `mass_above` are those from `high` on.
+  template <class Reached>
+  Kept pick(const Kept& within, int32_t low, int32_t high, int64_t above, double mass_above, Reached reached) {
+    keep_candidates(within);
+    int64_t count = above;
+    double mass = mass_above;
+    int n = own_.n;
+    const float* z = own_.values;
+    const double* w = own_.weights;
+    while (int64_t(high) - low > 1) {
+      float from = float_of(middle(low, high));
+      int32_t some = 0;
+      double weight = 0;
+      float least = INF, most = -INF;  // the values next to `from` on either side: no threshold lies between
+#pragma omp simd reduction(+ : some, weight) reduction(min : least) reduction(max : most)
+      for (int i = 0; i < n; ++i) {
+        bool in = z[i] >= from;
+        some += in ? 1 : 0;
+        weight += in ? w[i] : 0.0;
+        float up = in ? z[i] : INF, down = in ? -INF : z[i];
+        least = up < least ? up : least;
+        most = down > most ? down : most;
+      }
+      if (reached(above + some, mass_above + weight)) low = key_of(least);
+      else high = std::max(low, key_of(most)) + 1, count = above + some, mass = mass_above + weight;
+    }
+    float tie = float_of(low);
+    Kept kept{low, -1};
+    for (int i = 0; i < n; ++i) {
+      if (z[i] != tie) continue;
+      mass += w[i], kept.last = own_.ids[i];
+      if (reached(++count, mass)) break;
+    }
+    keep_candidates(kept);
+    if (!complete_ && total_ >= 0) {  // the pass left the blocks' masses from `high` on
+      for (int i = 0; i < own_.n; ++i) own_.above[own_.ids[i] / BLOCK] += own_.weights[i];
+      own_.from.swap(own_.above);
+      blocks_weighed_ = true;
+    }
+    return kept;
+  }
+
+  void keep_candidates(const Kept& kept) {
+    int m = 0;
+    for (int i = 0; i < own_.n; ++i) {
+      own_.values[m] = own_.values[i], own_.ids[m] = own_.ids[i], own_.weights[m] = own_.weights[i];
+      m += kept(own_.values[i], own_.ids[i]);
+    }
+    own_.n = m;
+  }
+
+  // All tokens of the interval have one value: they are taken by id until it is enough.
+  template <class Reached>
+  Kept split_ties(const Kept& within, int32_t key, int64_t count, double mass, Reached reached) {
+    float z = float_of(key);
+    double w = weights_(z);
+    Kept kept{key, -1};
+    int64_t end = key == within.key ? within.last : ALL_TIES;
+    for (int64_t b = 0; b < blocks_ && b * BLOCK <= end; ++b) {
+      if (own_.maxima[b] < z) continue;
+      int n = logits_.load(b, own_.block);
+      int64_t ties = count_from(own_.block, n, z) - count_from(own_.block, n, std::nextafterf(z, INF));
+      if (z == INF) ties = count_from(own_.block, n, z);
+      if (ties == 0) continue;
+      if (end >= (b + 1) * BLOCK && !reached(count + ties, mass + double(ties) * w)) {  // a whole block at once
+        count += ties, mass += double(ties) * w;
+        kept.last = b * BLOCK + n - 1;
+        continue;
+      }
+      for (int i = 0; i < n && b * BLOCK + i <= end; ++i) {
+        if (own_.block[i] != z) continue;
+        kept.last = b * BLOCK + i;
+        mass += w;
+        if (reached(++count, mass)) return kept;
+      }
+    }
+    return kept;
+  }
+
+  // Per block the mass of a kept set, in own_.from; returns the whole.
+  double weigh_blocks(const Kept& kept) {
+    float tie = float_of(kept.key), from = kept.last == ALL_TIES ? tie : float_of(kept.key + 1);
+    double w = weights_(tie);
+    each_block([&](int64_t b, const float* z, int n, Scratch&) {
+      double mass = own_.maxima[b] >= from ? weights_.sum(z, n, from) : 0.0;
+      if (from != tie && b * BLOCK <= kept.last) {
+        int64_t ties = 0, end = std::min<int64_t>(n, kept.last - b * BLOCK + 1);
+        for (int i = 0; i < end; ++i) ties += z[i] == tie;
+        mass += double(ties) * w;
+      }
+      own_.from[b] = mass;
+    });
+    return sum(own_.from);
+  }
+
+  // The first token whose cumulative weight exceeds u times the whole, among the gathered ones: all that are kept.
+  int64_t draw_candidates(double u) {
+    weights_.narrow = false;
+    weigh_candidates();
+    total_ = 0;
+    for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
+    return own_.ids[walk(own_.n, u, 0)];
+  }
+
+  int64_t draw_blocks(const Kept& kept, double u) {
+    total_ = blocks_weighed_ ? sum(own_.from) : weigh_blocks(kept);
+    double before = 0;
+    int64_t b = 0, some = 0;
+    for (; b < blocks_; ++b) {
+      if (own_.from[b] > 0) some = b;
+      if (before + own_.from[b] > u * total_) break;
+      before += own_.from[b];
+    }
+    if (b == blocks_) b = some, before -= own_.from[b];  // rounding of the last sum
+    own_.n = logits_.load(b, own_.block);
+    weights_.each(own_.block, own_.n, own_.weights);
+    for (int i = 0; i < own_.n; ++i) own_.weights[i] = kept(own_.block[i], b * BLOCK + i) ? own_.weights[i] : 0.0;
+    return b * BLOCK + walk(own_.n, u, before);
+  }
+
+  // The place among own_.weights[0 .. n) at which the sum, `before` at first, exceeds u * total_.
+  int walk(int n, double u, double before) {
+    constexpr int STEP = 64;
+    const double* w = own_.weights;
+    int at = 0, some = 0;
+    double cumulative = before;
+    for (; at + STEP < n; at += STEP) {
+      double step = 0;
+#pragma omp simd reduction(+ : step)
+      for (int i = 0; i < STEP; ++i) step += w[at + i];
+      if (cumulative + step > u * total_) break;
+      if (step > 0) some = at;
+      cumulative += step;
+    }
+    for (int i = some; i < at; ++i) if (w[i] > 0) some = i;  // the last one that weighs, should rounding end the walk
+    excess(cumulative, u);  // sure that the steps before are too little
+    for (; at < n; ++at) {
+      if (w[at] == 0) continue;
+      some = at;
+      if (excess(cumulative += w[at], u) > 0) break;
+    }
+    return some;
+  }
+
+  void write(const Kept& kept) {
+    if (!in_.kept) return;
+    uint8_t* out = in_.kept + row_ * in_.vocab;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      logits_.load(b, own_.block);
+      int64_t n = std::min<int64_t>(BLOCK, in_.vocab - b * BLOCK);
+      for (int i = 0; i < n; ++i) out[b * BLOCK + i] = kept(own_.block[i], b * BLOCK + i);
+    }
+  }
+
+  const Arguments& in_;
+  int64_t row_;
+  Logits logits_;
+  int64_t blocks_;
+  Scratch* const* pool_;
+  int threads_;
+  Scratch& own_;
+  Weights weights_;
+  float max_ = -INF;
+  double total_ = -1;
+  bool unsure_ = false, complete_ = false, blocks_weighed_ = false;
+};
