@@ -104,7 +104,7 @@ function fusion() {
   };
   const words = { fused: "fused by a rule", inductor: "left whole for Inductor to fuse", near_miss: "near miss", skipped: "refused by its guard", disabled: "switched off" };
   return [
-    el("p", {}, ORDER.map((name) => el("span", { class: name }, `${SIGN[name]} ${words[name]}   `)), el("span", { class: "quiet" }, "Choose a cell for its reasons.")),
+    el("p", { class: "legend" }, ORDER.map((name) => el("span", { class: name }, `${SIGN[name]} ${words[name]}`)), el("span", { class: "quiet" }, "Choose a cell for its reasons.")),
     table(["layer", ...rules], layers.map((layer) => [layer, ...rules.map((rule) => cell(layer, rule))]), { class: "matrix" }),
     details,
   ];

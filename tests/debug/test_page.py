@@ -80,9 +80,9 @@ def test_page_is_one_file_without_addresses(folder):
     assert json.loads(data) == page.data(folder)
 
 
-def shown(folder, place):
+def shown(folder, place, name="index.html"):
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    url = f"{(folder / 'index.html').as_uri()}#{place}"
+    url = f"{(folder / name).as_uri()}#{place}"
     dom = subprocess.run([*words, url], capture_output=True, text=True, timeout=120).stdout
     return re.sub(r"<script.*?</script>", "", dom, flags=re.S)
 
@@ -102,3 +102,23 @@ def test_a_browser_shows_every_view(folder, place, wanted):
     dom = shown(folder, place)
     assert [word for word in wanted if word not in dom] == []
     assert "[object" not in dom and "undefined" not in dom and "NaN" not in dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here; the page's data is tested without one")
+def test_keys_search_and_theme(folder):
+    keys = """
+        const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        const themes = [document.documentElement.dataset.theme];
+        ["t", "3", "n", "d", "/"].forEach(press);
+        themes.push(document.documentElement.dataset.theme);
+        const box = document.getElementById("search");
+        box.value = "aten.SIN"; box.dispatchEvent(new Event("input"));
+        box.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true }));
+        document.title = `${themes.join(">")} ${document.activeElement.id}`;
+    """
+    head, mark, tail = (folder / "index.html").read_text().rpartition("</script>")
+    (folder / "keys.html").write_text(head + keys + mark + tail)
+    dom = shown(folder, "0/Overview", "keys.html")
+    assert re.search(r"<title>(light&gt;dark|dark&gt;light) search</title>", dom)
+    assert f"1 of {LAYERS} found" in dom and "The graph after canonicalise" in dom
+    assert re.search(r'aria-selected="true">Steps', dom)
