@@ -9,6 +9,7 @@ from rich.console import Console
 
 from gcu_compile.cli import bisect, demo, explain, info
 from gcu_compile.cli.cache import cache
+from gcu_compile.cli.calibrate import calibrate
 from gcu_compile.cli.check import check
 from gcu_compile.cli.cross_compile import cross_compile
 from gcu_compile.cli.dump import dump
@@ -26,6 +27,7 @@ app.command("info")(info.info)
 app.command("target")(target)
 app.command("check")(check)
 app.command("cross-compile")(cross_compile)
+app.command("calibrate")(calibrate)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
 app.command("dump")(dump)
