@@ -12,7 +12,7 @@ from gcu_compile.errors import UnknownNameError
 from gcu_compile.lowering import fakes, invariants
 from gcu_compile.lowering.context import Context, MatchRecord, StepRecord
 from gcu_compile.lowering.legalise import legalise
-from gcu_compile.lowering.provenance import inherit, layer_of, source_line
+from gcu_compile.lowering.provenance import inherit, layer_of, source_line, spread
 from gcu_compile.lowering.rule import Refusal, Rule
 from gcu_compile.lowering.rules import all_rules
 
@@ -30,6 +30,7 @@ def lower(gm: torch.fx.GraphModule, context: Context) -> None:
         InvariantViolation: a step broke the graph (a bug of ours).
     """
     check_names(context)
+    spread(gm.graph)
     for step in STEPS:
         if step in WHOLE and context.target not in WHOLE[step][1]:
             continue

@@ -20,6 +20,19 @@ def inherit(new: torch.fx.Node, old: torch.fx.Node) -> None:
             new.meta[key] = old.meta[key]
 
 
+def spread(graph: torch.fx.Graph) -> None:
+    """Give nodes that another pass made without provenance that of a user, else of an input."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for order, near in ((reversed(nodes), lambda node: node.users), (nodes, lambda node: node.all_input_nodes)):
+        for node in order:
+            if not node.meta.get("nn_module_stack") and not node.meta.get("stack_trace"):
+                known = (other for other in near(node) if other.op == "call_function" and other.meta.get("stack_trace"))
+                if (other := next(known, None)) is not None:
+                    for key in KEPT:
+                        if key in other.meta:
+                            node.meta[key] = other.meta[key]
+
+
 def layer_of(node: torch.fx.Node) -> str:
     """The innermost module's path, e.g. `model.layers.3.self_attn`; empty where none is known."""
     stack = node.meta.get("nn_module_stack") or {}
