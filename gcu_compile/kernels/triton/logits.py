@@ -107,3 +107,55 @@ def tile(row, at, start, vocab, BLOCK: tl.constexpr):
     if history is not None:
         z, history_at = _penalised(z, offsets, start + BLOCK, history_at, history)
     return z, (bias_at, history_at)
+
+
+@triton.jit
+def row_of(
+    index,
+    logits_ptr,
+    forbidden_ptr,
+    bias_offsets_ptr,
+    bias_ids,
+    bias_values,
+    history_offsets_ptr,
+    history_ids,
+    history_counts,
+    repetition_ptr,
+    frequency_ptr,
+    presence_ptr,
+    stride,
+    vocab,
+):
+    """Where row `index` lies, and the indices of its first bias and history entry."""
+    forbidden, bias, history = None, None, None
+    bias_at, history_at = 0, 0
+    if forbidden_ptr is not None:
+        forbidden = forbidden_ptr + index * vocab
+    if bias_ids is not None:
+        bias_at = tl.load(bias_offsets_ptr + index)
+        bias = (tl.load(bias_offsets_ptr + index + 1), bias_ids, bias_values)
+    if history_ids is not None:
+        history_at = tl.load(history_offsets_ptr + index)
+        history = (
+            tl.load(history_offsets_ptr + index + 1),
+            history_ids,
+            history_counts,
+            tl.load(repetition_ptr + index),
+            tl.load(frequency_ptr + index),
+            tl.load(presence_ptr + index),
+        )
+    return (logits_ptr + index * stride, forbidden, bias, history), (bias_at, history_at)
+
+
+@triton.jit
+def seek(row, at, start):
+    """The indices of the row's first entries from id `start` on."""
+    logits_ptr, forbidden_ptr, bias, history = row
+    bias_at, history_at = at
+    if bias is not None:
+        last, ids_ptr, values_ptr = bias
+        bias_at = skip(ids_ptr, bias_at, last, start)
+    if history is not None:
+        last_seen, seen_ptr, counts_ptr, repetition, frequency, presence = history
+        history_at = skip(seen_ptr, history_at, last_seen, start)
+    return bias_at, history_at

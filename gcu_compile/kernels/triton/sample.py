@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.kernels.triton.configs import configs
+from gcu_compile.kernels.triton.configs import Config, configs
 from gcu_compile.kernels.triton.launch import launch, missing, target_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PER_ROW = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 ROWS = 65535  # programs in a grid
+PASSES = 4  # shared by several programs; what is left of a search its row's own program does
 
 
 def refuses(logits: torch.Tensor, **settings) -> str | None:
@@ -25,11 +26,12 @@ def refuses(logits: torch.Tensor, **settings) -> str | None:
     return missing()
 
 
-def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> torch.Tensor:
+def run(logits: torch.Tensor, kept: torch.Tensor | None = None, splits: int | None = None, **settings) -> torch.Tensor:
     """`gcu::sample`; see `sampling/eager.py`.
 
     Args:
         kept: [rows, vocab] int8, written with the kept set; for tests.
+        splits: programs that share a row's first passes, a power of two; None: as many as fill the card.
     """
     from gcu_compile.kernels.triton.sample_kernel import sample_kernel
 
@@ -54,30 +56,64 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> t
         absent = some is None or len(some) == 0
         names = ((f"{kind}_offsets", torch.int32), (f"{kind}_ids", torch.int32), (values, dtype))
         lists += [None if absent else given(name, kind) for name, kind in names]
-    per_row = {name: given(name, torch.float32) for name in PER_ROW}
+    per_row = {name: given(name, torch.float32) for name in PER_ROW} | {"top_k": given("top_k", torch.int32)}
+    penalties = (per_row["repetition"], per_row["frequency"], per_row["presence"])
+    forbidden = None if forbidden is None else forbidden.view(torch.int8)
+    row = (forbidden, *lists, *penalties, logits.stride(0), vocab)
+    splits = _splits(rows, vocab, config) if splits is None else splits
+    state = _shared_passes(logits, per_row, row, splits, config) if splits > 1 else None
     launch(
         sample_kernel,
         (rows,),
         config,
         ids,
         kept,
+        state,
         logits,
         words("seeds"),
         words("positions"),
         per_row["temperature"],
-        given("top_k", torch.int32),
+        per_row["top_k"],
         per_row["top_p"],
         per_row["min_p"],
-        None if forbidden is None else forbidden.view(torch.int8),
-        *lists,
-        per_row["repetition"],
-        per_row["frequency"],
-        per_row["presence"],
-        logits.stride(0),
-        vocab,
+        *row,
         exact=True,
         BLOCK=config.tile["BLOCK"],
         PIVOTS=config.tile["PIVOTS"],
         HALVES=config.tile["BLOCK"].bit_length() - 1,
     )
     return ids.long()
+
+
+def _splits(rows: int, vocab: int, config: Config) -> int:
+    """Programs per row so that the card is busy, none with less than a tile."""
+    most = min(config.tile["PROGRAMS"] // rows, -(-vocab // config.tile["BLOCK"]))
+    return 1 << (max(1, most).bit_length() - 1)
+
+
+def _shared_passes(logits, per_row, row, splits: int, config: Config) -> torch.Tensor:
+    """The states of the rows' searches after `PASSES` passes that `splits` programs per row shared."""
+    from gcu_compile.kernels.triton import sample_split_kernel as kernels
+    from gcu_compile.kernels.triton import states
+
+    rows, pivots = logits.shape[0], config.tile["PIVOTS"]
+
+    def integers(*shape):
+        return torch.zeros(shape, dtype=torch.int32, device=logits.device)
+
+    state = integers(rows, states.STATE.value)
+    firsts, sums = integers(rows, 3, splits), integers(rows, kernels.FIELDS.value, splits, pivots)
+    wanted = [per_row[name] for name in ("temperature", "top_k", "top_p")]
+    sizes = {"PIVOTS": pivots, "SPLITS": splits}
+    block = config.tile["BLOCK"]
+    grid = (rows, splits)
+    launch(kernels.largest_kernel, grid, config, firsts, logits, *row, exact=True, BLOCK=block, SPLITS=splits)
+    launch(
+        kernels.begin_kernel, (rows,), config, state, firsts, *wanted, per_row["min_p"], row[-1], exact=True, **sizes
+    )
+    for _ in range(PASSES):
+        launch(
+            kernels.measure_kernel, grid, config, sums, state, logits, wanted[0], *row, exact=True, BLOCK=block, **sizes
+        )
+        launch(kernels.advance_kernel, (rows,), config, state, sums, *wanted, exact=True, **sizes)
+    return state

@@ -1,8 +1,7 @@
 """One row of logits -> one token id, without a sort, a scan over the vocabulary or a 64-bit value.
 
     maximum (and, for a greedy row, its first id)
-    -> threshold of top-k, then of top-p: each pass over the row counts, or weighs, from 16 pivots on at once, and
-       shrinks the interval between the last pivot that reaches the goal and the first that does not
+    -> threshold of top-k, then of top-p, by passes over the row (`thresholds.py`)
     -> how many of the tokens that equal the threshold are kept, by ascending id
     -> one uniform number walks the tiles' weights, then the ids of one tile by halves
 
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gcu_compile.kernels.triton import double_single as ds
-from gcu_compile.kernels.triton import logits, masses, philox, thresholds
+from gcu_compile.kernels.triton import logits, masses, philox, states, thresholds
 
 LOWEST = thresholds.LOWEST
 INT_MAX = thresholds.INT_MAX
@@ -24,40 +23,45 @@ GREEDY = tl.constexpr(1e-5)  # temperatures below are greedy, as in eager.py
 
 
 @triton.jit
-def _largest(row, at, vocab, BLOCK: tl.constexpr):
-    """The largest key, its first id, and the smallest key above -inf."""
+def largest(row, at, start, end, vocab, BLOCK: tl.constexpr):
+    """Of ids [start, end): the largest key, its first id, and the smallest key above -inf."""
     top, top_id, bottom = vocab * 0 + INT_MIN, vocab * 0, vocab * 0 + INT_MAX
-    for start in range(0, vocab, BLOCK):
-        z, at = logits.tile(row, at, start, vocab, BLOCK)
+    for begin in range(start, end, BLOCK):
+        z, at = logits.tile(row, at, begin, vocab, BLOCK)
         key = logits.ordered(z)
-        largest = tl.max(key, axis=0)
-        first = tl.min(tl.where(key == largest, start + tl.arange(0, BLOCK), INT_MAX), axis=0)
-        top_id = tl.where(largest > top, first, top_id)
-        top = tl.where(largest > top, largest, top)
+        largest_here = tl.max(key, axis=0)
+        first = tl.min(tl.where(key == largest_here, begin + tl.arange(0, BLOCK), INT_MAX), axis=0)
+        top_id = tl.where(largest_here > top, first, top_id)
+        top = tl.where(largest_here > top, largest_here, top)
         smallest = tl.min(tl.where(key >= LOWEST, key, INT_MAX), axis=0)
         bottom = tl.where(smallest < bottom, smallest, bottom)
     return top, top_id, bottom
 
 
 @triton.jit
-def _mass_of(row, at, vocab, threshold, ties, scale, BLOCK: tl.constexpr):
-    """Mass of the kept set as a pair."""
-    maximum, inv0, inv1, inv2 = scale
-    m, equal = vocab * 0, vocab * 0
-    a0, a1, a2, a3 = m, m, m, m
-    for start in range(0, vocab, BLOCK):
-        z, at = logits.tile(row, at, start, vocab, BLOCK)
-        key = logits.ordered(z)
-        hi, lo = masses.weight(z, maximum, inv0, inv1, inv2)
-        w0, w1, w2, w3 = masses.limbs(hi, lo)
-        t, t0, t1, t2, t3 = masses.tile_sum(w0, w1, w2, w3, key > threshold, 0)
-        m, a0, a1, a2, a3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
-        equal += tl.sum((key == threshold).to(tl.int32), axis=0)
-    kept = tl.where(ties < equal, ties, equal)
-    hi, lo = masses.value(m, a0, a1, a2, a3)
-    w_h, w_l = thresholds.weight_of(threshold, scale)
-    w_h, w_l = ds.multiply(w_h, w_l, kept.to(tl.float32), 0.0)
-    return ds.add(hi, lo, w_h, w_l)
+def wanted(index, temperature_ptr, top_k_ptr, top_p_ptr):
+    """Temperature, k and p of a row; 0, 0 and 1 where not given."""
+    temperature, k, p = 0.0, 0, 1.0
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + index)
+    if top_k_ptr is not None:
+        k = tl.load(top_k_ptr + index)
+    if top_p_ptr is not None:
+        p = tl.load(top_p_ptr + index)
+    return index * 0.0 + temperature, index * 0 + k, index * 0.0 + p
+
+
+@triton.jit
+def floor_of(index, min_p_ptr, bottom, top, scale, PIVOTS: tl.constexpr):
+    """The smallest key that min-p keeps, or `bottom`."""
+    threshold = bottom
+    if min_p_ptr is not None:
+        share = tl.load(min_p_ptr + index)
+        if share > 0.0:
+            maximum, inv0, inv1, inv2 = scale
+            least = thresholds.min_p(share, maximum, top, inv0, inv1, inv2, PIVOTS)
+            threshold = tl.where(least > bottom, least, bottom)
+    return threshold
 
 
 @triton.jit
@@ -108,6 +112,7 @@ def _draw(row, at, vocab, threshold, ties, goal_h, goal_l, kept_ptr, scale, BLOC
 def sample_kernel(
     ids_ptr,
     kept_ptr,
+    state_ptr,
     logits_ptr,
     seeds_ptr,
     positions_ptr,
@@ -133,39 +138,25 @@ def sample_kernel(
 ):
     """One program per row.
 
-    ids: [rows] int32, written. kept: [rows, vocab] int8, written with the kept set; None but in tests. logits:
-    [rows, vocab] float, `stride` elements from row to row. seeds, positions: [rows, 2] int32, low and high words.
-    temperature, top_p, min_p, repetition, frequency, presence: [rows] float32. top_k: [rows] int32. forbidden:
-    [rows, vocab] int8. Offsets: [rows + 1] int32. Settings may be None. BLOCK = 2**HALVES.
+    ids: [rows] int32, written. kept: [rows, vocab] int8, written with the kept set; None but in tests. state: [rows,
+    STATE] int32 of `sample_split_kernel.py`, where a search goes on that it began; or None. logits: [rows, vocab]
+    float, `stride` elements from row to row. seeds, positions: [rows, 2] int32, low and high words. temperature,
+    top_p, min_p, repetition, frequency, presence: [rows] float32. top_k: [rows] int32. forbidden: [rows, vocab] int8.
+    Offsets: [rows + 1] int32. Settings may be None. BLOCK = 2**HALVES.
     """
     index = tl.program_id(0)
-    logits_ptr += index * stride
-    forbidden, bias, history = None, None, None
-    bias_at, history_at = 0, 0
-    if forbidden_ptr is not None:
-        forbidden = forbidden_ptr + index * vocab
-    if bias_ids is not None:
-        bias_at = tl.load(bias_offsets_ptr + index)
-        bias = (tl.load(bias_offsets_ptr + index + 1), bias_ids, bias_values)
-    if history_ids is not None:
-        history_at = tl.load(history_offsets_ptr + index)
-        history = (
-            tl.load(history_offsets_ptr + index + 1),
-            history_ids,
-            history_counts,
-            tl.load(repetition_ptr + index),
-            tl.load(frequency_ptr + index),
-            tl.load(presence_ptr + index),
-        )
+    row, at = logits.row_of(
+        index, logits_ptr, forbidden_ptr, bias_offsets_ptr, bias_ids, bias_values, history_offsets_ptr, history_ids,
+        history_counts, repetition_ptr, frequency_ptr, presence_ptr, stride, vocab,
+    )  # fmt: skip
     kept_row = None
     if kept_ptr is not None:
         kept_row = kept_ptr + index * vocab
-    row, at = (logits_ptr, forbidden, bias, history), (bias_at, history_at)
-
-    top, top_id, bottom = _largest(row, at, vocab, BLOCK)
-    temperature = 0.0
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + index)
+    temperature, k, p = wanted(index, temperature_ptr, top_k_ptr, top_p_ptr)
+    if state_ptr is not None:
+        top, top_id, bottom = states.largest(state_ptr + index * states.STATE)
+    else:
+        top, top_id, bottom = largest(row, at, 0, vocab, vocab, BLOCK)
     if (top < LOWEST) | (temperature < GREEDY):
         # Nothing left: id 0. Greedy: the first of the largest.
         tl.store(ids_ptr + index, tl.where(top < LOWEST, 0, top_id))
@@ -175,29 +166,17 @@ def sample_kernel(
                 only = ((ids == top_id) & (top >= LOWEST)).to(tl.int8)
                 tl.store(kept_row + start + tl.arange(0, BLOCK), only, mask=ids < vocab)
     else:
-        maximum = logits.unordered(top)
         inv0, inv1, inv2 = ds.inverse(temperature)
-        scale = (maximum, inv0, inv1, inv2)
-        # Kept so far: keys above `threshold`, and of those that equal it the first `ties` by id.
-        threshold, ties, excess = bottom, vocab * 0 + INT_MAX, vocab * 0
-        if min_p_ptr is not None:
-            min_p = tl.load(min_p_ptr + index)
-            if min_p > 0.0:
-                least = thresholds.min_p(min_p, maximum, top, inv0, inv1, inv2, PIVOTS)
-                threshold = tl.where(least > bottom, least, bottom)
-        if top_k_ptr is not None:
-            k = tl.load(top_k_ptr + index)
-            if (k > 0) & (k < vocab):
-                threshold, ties, excess = thresholds.top_k(row, at, vocab, threshold, top, k, scale, BLOCK, PIVOTS)
-        p = 1.0
-        if top_p_ptr is not None:
-            p = tl.load(top_p_ptr + index)
-        if p < 1.0:
-            threshold, ties, hi, lo = thresholds.top_p(
-                row, at, vocab, threshold, ties, excess, top, p, scale, BLOCK, PIVOTS
-            )
+        scale = (logits.unordered(top), inv0, inv1, inv2)
+        if state_ptr is not None:
+            state = states.load(state_ptr + index * states.STATE)
         else:
-            hi, lo = _mass_of(row, at, vocab, threshold, ties, scale, BLOCK)
+            state = thresholds.begin(floor_of(index, min_p_ptr, bottom, top, scale, PIVOTS), top, k, vocab)
+        while state[0] < 2:
+            pivots = thresholds.pivots_of(state, PIVOTS)
+            measured = thresholds.measure(row, at, 0, vocab, state, pivots, scale, vocab, BLOCK, PIVOTS)
+            state = thresholds.advance(state, measured, top, k, p, scale, PIVOTS)
+        hi, lo = state[11]
         seed, position = seeds_ptr + 2 * index, positions_ptr + 2 * index
         uh, ul = philox.uniform(
             tl.load(seed).to(tl.uint32, bitcast=True),
@@ -210,9 +189,8 @@ def sample_kernel(
         below = lo - hi * 1.4210854715202004e-14
         full = ds.at_least(goal_h, goal_l, hi, below)
         goal_h, goal_l = tl.where(full, hi, goal_h), tl.where(full, below, goal_l)
-        tl.store(
-            ids_ptr + index, _draw(row, at, vocab, threshold, ties, goal_h, goal_l, kept_row, scale, BLOCK, HALVES)
-        )
+        drawn = _draw(row, at, vocab, state[1], state[2], goal_h, goal_l, kept_row, scale, BLOCK, HALVES)
+        tl.store(ids_ptr + index, drawn)
 
 
 EXACT = True  # a * b + c must round twice

@@ -76,7 +76,7 @@ def test_compiles_ahead_of_time_for_sm_90(name):
     file, _ = name.split(": ")
     entry = SPECIMENS[name]
     for_cuda = getattr(module(file), "for_cuda", lambda constexprs: constexprs)
-    config = configs(file.removesuffix("_kernel"), "cuda")[0]
+    config = configs(getattr(module(file), "CONFIG", file.removesuffix("_kernel")), "cuda")[0]
     exact = getattr(module(file), "EXACT", False)
     options = {"enable_fp_fusion": False} if exact else {}
     asm = compile_for_cuda(

@@ -45,13 +45,13 @@ def row_of(kind, vocab, source):
     return x
 
 
-def check(x, seed, **asked):
+def check(x, seed, splits=None, **asked):
     """The kernel's kept set and draw against the meaning's."""
     rows = len(x)
     numbers = {"seeds": torch.arange(rows) + seed, "positions": torch.arange(rows) * 3 + 2**33}
     assert sample.refuses(x, **numbers, **asked) is None
     kept = torch.zeros(x.shape, dtype=torch.int8)
-    ids = sample.run(x, kept=kept, **numbers, **asked)
+    ids = sample.run(x, kept=kept, splits=splits, **numbers, **asked)
     z = eager.adjusted(x, **{k: v for k, v in asked.items() if k not in CHAIN})
     expected, _ = eager.kept_set(z, **{k: v for k, v in asked.items() if k in CHAIN})
     torch.testing.assert_close(kept.bool(), expected, rtol=0, atol=0)
@@ -79,11 +79,11 @@ def cases(draw):
     return torch.from_numpy(x).to(draw(st.sampled_from(DTYPES))), asked, draw(st.integers(0, 2**62))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
 def test_kept_set_and_draw_equal_the_meaning(case):
     x, asked, seed = case
-    check(x, seed, **asked)
+    check(x, seed, splits=(1, 2, 4)[seed % 3], **asked)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_kept_set_and_draw_equal_the_meaning(case):
 @given(cases())
 def test_long_sweep(case):
     x, asked, seed = case
-    check(x, seed, **asked)
+    check(x, seed, splits=(1, 2, 4)[seed % 3], **asked)
 
 
 def test_a_large_vocabulary():
@@ -106,7 +106,7 @@ def lists(rows, vocab, source, values):
     return offsets, torch.from_numpy(np.concatenate(ids).astype(np.int32)), values(int(offsets[-1]))
 
 
-@pytest.mark.parametrize("vocab", [97, 20011])
+@pytest.mark.parametrize("vocab", [97, 5003])
 def test_mask_bias_and_penalties(vocab):
     rows, source = 4, np.random.default_rng(vocab)
     x = torch.from_numpy(np.stack([row_of("normal", vocab, source) for _ in range(rows)])).bfloat16()
@@ -122,8 +122,8 @@ def test_mask_bias_and_penalties(vocab):
         "frequency": torch.tensor([0.0, 0.5, -0.5, 1.0]),
         "presence": torch.tensor([0.0, 0.2, -1.0, 1.0]),
     }
-    for seed in range(3):
-        check(x, seed, **asked)
+    for seed, splits in enumerate((1, 2, 4)):
+        check(x, seed, splits, **asked)
 
 
 @pytest.mark.parametrize("target", ["gcu300", "gcu400", "cuda"])
