@@ -27,6 +27,7 @@ POINTERS = (
     ("seeds", torch.int64),
     ("positions", torch.int64),
 )
+DRAFTS = (("draft_ids", torch.int64), ("draft_probabilities", torch.float32))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -54,6 +55,8 @@ class Arguments(ctypes.Structure):
         ("kept", ctypes.c_void_p),
         ("bias_count", ctypes.c_int64),
         ("history_count", ctypes.c_int64),
+        ("draft_ids", ctypes.c_void_p),
+        ("draft_probabilities", ctypes.c_void_p),
     )
 
 
@@ -71,7 +74,7 @@ def refuses(logits: torch.Tensor, **settings) -> str | None:
 
 
 def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> torch.Tensor:
-    """`gcu::sample`; see `sampling/eager.py`.
+    """`gcu::sample`; see `sampling/eager.py`. With draft_ids and draft_probabilities, `rejection_eager.tokens`.
 
     Args:
         kept: [rows, vocab] bool, written with the kept set; for tests.
@@ -88,7 +91,7 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> t
     if kept is not None:
         arguments.kept = kept.data_ptr()
     held = []  # converted tensors must live until the call is over
-    for name, dtype in POINTERS:
+    for name, dtype in (*POINTERS, *DRAFTS):
         value = settings.get(name)
         if value is None:
             continue

@@ -1,4 +1,5 @@
-"""`torch.ops.gcu.sample`: the logits chain as one operation, without a sort and in the logits' own precision."""
+"""`torch.ops.gcu.sample` and `rejection_sample`: the logits chain as one operation, without a sort and in the logits'
+own precision."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import sample as host
-from gcu_compile.kernels.sampling import eager
+from gcu_compile.kernels.sampling import eager, rejection_eager
 from gcu_compile.kernels.triton import sample as triton
 
 SETTINGS = (
@@ -104,6 +105,77 @@ SAMPLE = registry.register(
         implementations=(
             registry.Implementation("host_cpp", ("cpu",), _named(_run), _named(host.refuses)),
             registry.Implementation("triton", ("cuda", "gcu"), _named(_run_triton), _named(triton.refuses)),
+        ),
+    )
+)
+
+
+def check_drafts(logits, draft_ids, draft_offsets, bonus_ids, length, draft_probabilities, values: bool) -> None:
+    """Raise `InvalidInputError` for drafts that do not fit the logits. `values`: look into the tensors, too."""
+    drafts, vocab = logits.shape
+    if draft_ids.shape != (drafts,):
+        raise InvalidInputError(f"gcu::rejection_sample: draft_ids is {tuple(draft_ids.shape)}, expected [{drafts}]")
+    if draft_offsets.shape != (len(bonus_ids) + 1,):
+        shapes = f"{tuple(draft_offsets.shape)} and {tuple(bonus_ids.shape)}"
+        raise InvalidInputError(f"gcu::rejection_sample: draft_offsets and bonus_ids do not fit together: {shapes}")
+    if draft_probabilities is not None and draft_probabilities.shape != logits.shape:
+        shape = tuple(draft_probabilities.shape)
+        raise InvalidInputError(
+            f"gcu::rejection_sample: draft_probabilities is {shape}, expected {tuple(logits.shape)}"
+        )
+    if not values:
+        return
+    counts = draft_offsets.diff()
+    if int(draft_offsets[0]) or int(draft_offsets[-1]) != drafts or bool(((counts < 0) | (counts > length)).any()):
+        raise InvalidInputError(
+            f"gcu::rejection_sample: draft_offsets do not cut {drafts} drafts into requests of up to {length}"
+        )
+    if drafts and not 0 <= int(draft_ids.min()) <= int(draft_ids.max()) < vocab:
+        raise InvalidInputError(f"gcu::rejection_sample: draft_ids leave the vocabulary of {vocab}")
+
+
+def _reject(run):
+    """`run` finds each draft's token; checks before it and the requests' rows after it are the same for all."""
+
+    def call(logits, draft_ids, draft_offsets, bonus_ids, seeds, positions, length, probabilities=None, *rest, **named):
+        asked = {"seeds": seeds, "positions": positions, **dict(zip(SETTINGS, rest, strict=False)), **named}
+        probabilities = asked.pop("draft_probabilities", probabilities)
+        real = not isinstance(logits, torch._subclasses.FakeTensor)
+        check(logits, **asked)
+        check_drafts(logits, draft_ids, draft_offsets, bonus_ids, length, probabilities, real)
+        found = run(logits, draft_ids=draft_ids, draft_probabilities=probabilities, **asked)
+        return rejection_eager.assemble(found, draft_ids.long(), draft_offsets, bonus_ids, length)
+
+    return call
+
+
+def _tokens(logits, **asked):
+    if not isinstance(logits, torch._subclasses.FakeTensor):
+        check_lists(*logits.shape, asked)
+    return rejection_eager.tokens(logits, **asked)
+
+
+def _host_tokens(logits, draft_ids, draft_probabilities, **asked):
+    if draft_probabilities is None:
+        return host.run(logits, **asked)
+    return host.run(logits, draft_ids=draft_ids, draft_probabilities=draft_probabilities, **asked)
+
+
+REJECTION_SAMPLE = registry.register(
+    registry.FusedOp(
+        "rejection_sample",
+        "(Tensor logits, Tensor draft_ids, Tensor draft_offsets, Tensor bonus_ids, Tensor seeds, Tensor positions, "
+        "SymInt length, Tensor? draft_probabilities=None, "
+        + ", ".join(f"Tensor? {name}=None" for name in SETTINGS)
+        + ") -> Tensor",
+        eager=_reject(_tokens),
+        fake=lambda logits, ids, offsets, bonus, seeds, positions, length, *args, **kwargs: logits.new_empty(
+            (bonus.shape[0], length + 1), dtype=torch.int64
+        ),
+        implementations=(
+            registry.Implementation(
+                "host_cpp", ("cpu",), _reject(_host_tokens), lambda logits, *args, **kwargs: host.refuses(logits)
+            ),
         ),
     )
 )

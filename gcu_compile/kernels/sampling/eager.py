@@ -84,11 +84,12 @@ def kept_set(z, temperature=None, top_k=None, top_p=None, min_p=None):
     return kept, weights
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Philox4x32-10 (Salmon et al. 2011): 53 bits at key `seed`, counter `position`, as float64 in [0, 1).
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Philox4x32-10 (Salmon et al. 2011): 53 bits at key `seed`, counter (`position`, `stream`), as float64 in [0, 1).
 
     Args:
         seeds, positions: [rows] int64.
+        stream: 0 for the draw of a token, 1 for the acceptance of a draft token.
     """
     low = 0xFFFFFFFF
 
@@ -97,7 +98,7 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         product = x * constant
         return (product >> 32) & low, product & low
 
-    c = [positions & low, (positions >> 32) & low, torch.zeros_like(positions), torch.zeros_like(positions)]
+    c = [positions & low, (positions >> 32) & low, torch.full_like(positions, stream), torch.zeros_like(positions)]
     k = [seeds & low, (seeds >> 32) & low]
     for _ in range(10):
         (p_high, p_low), (q_high, q_low) = multiply(c[0], 0xD2511F53), multiply(c[2], 0xCD9E8D57)
@@ -157,8 +158,13 @@ def sample(
         presence,
     )
     kept, weights = kept_set(z, temperature, top_k, top_p, min_p)
-    sums = torch.where(kept, weights, 0.0).cumsum(-1)
-    goal = uniform(seeds, positions).to(sums.device).unsqueeze(1) * sums[:, -1:]
+    return draw(torch.where(kept, weights, 0.0), uniform(seeds, positions))
+
+
+def draw(mass: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first id at which the cumulative mass [rows, vocab] exceeds u [rows] times the whole; all float64."""
+    sums = mass.cumsum(-1)
+    goal = u.to(sums.device).unsqueeze(1) * sums[:, -1:]
     first = (sums <= goal).sum(-1)
-    last = torch.where(kept & (weights > 0), torch.arange(z.shape[1], device=z.device), 0).max(-1).values
+    last = torch.where(mass > 0, torch.arange(mass.shape[1], device=mass.device), 0).max(-1).values
     return torch.minimum(first, last)

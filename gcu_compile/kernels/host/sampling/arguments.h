@@ -25,4 +25,6 @@ struct Arguments {
   int64_t* ids;                      // [rows], written
   uint8_t* kept;                     // [rows, vocab], written; or null
   int64_t bias_count, history_count; // lengths of the flat lists
+  const int64_t* draft_ids;          // [rows]; with the next: the draft token is verified instead of one drawn
+  const float* draft_probabilities;  // [rows, vocab]
 };

@@ -13,6 +13,7 @@
 
 #include "philox.h"
 #include "scratch.h"
+#include "verify.h"
 
 constexpr float NONE = std::numeric_limits<float>::quiet_NaN();  // as an upper limit: z >= NONE is false
 constexpr float GREEDY = 1e-5f;  // temperatures below mean greedy, as in vLLM
@@ -47,6 +48,7 @@ class Row {
     if (k > 0 && k < in_.vocab) kept = limit_count(kept, k);
     if (p < 1.0) kept = limit_mass(kept, p);
     write(kept);
+    if (in_.draft_probabilities) return Verify(in_, row_, logits_, weights_, kept, own_).token();
     double u = uniform(in_.seeds[row_], in_.positions[row_]);
     return complete_ ? draw_candidates(u) : draw_blocks(kept, u);
   }
