@@ -45,7 +45,7 @@ def tokens(logits, draft_ids, seeds, positions, draft_probabilities=None, **sett
 
 
 def assemble(found, draft_ids, offsets, bonus_ids, length: int) -> torch.Tensor:
-    """A request's tokens up to the first that is not its draft, or with the bonus: [requests, length + 1], -1 behind."""
+    """A request's tokens up to the first that is not its draft, or with the bonus, then -1: [requests, length + 1]."""
     requests, device = len(bonus_ids), found.device
     out = torch.full((requests, length + 1), NOTHING, dtype=torch.int64, device=device)
     row = torch.searchsorted(offsets, torch.arange(len(found), device=device), right=True) - 1
