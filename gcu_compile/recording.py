@@ -102,6 +102,9 @@ class Recording:
         self._finished = True
         if self._dump:
             self._dump.write(self, self._dump.renamed(self._kept.dump, renamed) if hit else None)
+        self._kept = None
+        if all(report.inference for report in self.reports):  # no backward graph will follow: let the texts go
+            self._entry = self._dump = None
 
     def _save(self) -> None:
         if self._entry is None:
