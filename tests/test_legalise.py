@@ -5,6 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.attention)
+from gcu_compile.kernels.tolerance import tolerance
 from gcu_compile.lowering.context import Context
 from gcu_compile.lowering.legalise import FALLBACK, legalise
 from gcu_compile.lowering.pipeline import lower
@@ -115,6 +117,47 @@ def test_a_mutated_input_keeps_its_type():
     here = IDS.clone()
     gm(here)
     assert torch.equal(here, IDS + 1)
+
+
+def widened(q, k, v, out=torch.bfloat16):
+    q, k, v = (x.float() for x in (q, k, v))
+    result = torch.ops.gcu.attention(q, k, v, scale=0.25)
+    return result.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1).to(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_that_was_widened_takes_its_own_dtype(dtype):
+    inputs = [torch.randn(2, heads, n, 16, dtype=dtype) for heads, n in ((4, 5), (2, 9), (2, 9))]
+    gm, counts = traced(lambda q, k, v: widened(q, k, v, dtype), *inputs)
+    assert counts == {"attention_kept_dtype": 1}
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    assert not [node for node in gm.graph.nodes if node.target in (CAST, torch.ops.aten._to_copy.default)]
+    expected = widened(*(x.double() for x in inputs), torch.float64).to(dtype)
+    bound = tolerance(dtype, 16)
+    torch.testing.assert_close(gm(*inputs), expected, **bound)
+    # Rounded once, as before.
+    torch.testing.assert_close(gm(*inputs), widened(*inputs, dtype), **bound)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: widened(q, k, v, torch.float32),
+        lambda q, k, v: widened(q, k, v, torch.bfloat16) + widened(q, k, v, torch.float32).sum().to(torch.bfloat16),
+        lambda q, k, v: torch.ops.gcu.attention(q.float(), k.float(), v.float() * 2, scale=0.25).to(torch.bfloat16),
+        lambda q, k, v: (torch.ops.gcu.attention(q.float(), k.float(), v.float(), scale=0.25) * 2).to(torch.bfloat16),
+    ],
+)
+def test_attention_whose_float32_is_used_stays(function):
+    inputs = [torch.randn(1, 2, 3, 8, dtype=torch.bfloat16) for _ in range(3)]
+    gm = make_fx(function, tracing_mode="fake")(*inputs)
+    attention = [node for node in gm.graph.nodes if str(node.target) == "gcu.attention.default"]
+    before = [str(node.args) for node in attention]
+    counts = legalise(gm)
+    kept = [str(node.args) for node in attention]
+    changed = sum(a != b for a, b in zip(before, kept, strict=True))
+    assert changed == counts.get("attention_kept_dtype", 0) == (len(attention) - 1)
 
 
 @pytest.mark.parametrize(("target", "runs"), [("host", False), ("cuda", False), ("gcu300", True), ("gcu400", True)])

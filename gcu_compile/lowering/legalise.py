@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_arg
 
+from gcu_compile.lowering.attention_dtype import keep_dtype
 from gcu_compile.lowering.provenance import inherit
 from gcu_compile.lowering.rule import value_of
 
@@ -63,7 +64,9 @@ FALLBACK = "should_fallback"  # Inductor's mark of a node that it must not gener
 
 def legalise(gm: torch.fx.GraphModule) -> dict[str, int]:
     """Narrow `gm` in place. Returns how often each thing was done, for the report."""
-    return _Narrowing(gm).run()
+    kept = keep_dtype(gm)
+    counts = _Narrowing(gm).run()
+    return {**counts, "attention_kept_dtype": kept} if kept else counts
 
 
 def _is_wide(value: Any) -> bool:
