@@ -8,6 +8,7 @@ from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks, rope
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.host import rope as host
+from gcu_compile.kernels.triton import rope_and_cache as triton
 from gcu_compile.options import resolve
 
 SCHEMA = (
@@ -79,7 +80,15 @@ def _run_host(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs) -> None:
         values(slot_mapping, k_cache)
 
 
+def _run_triton(k, v, slot_mapping, k_cache, *args, **kwargs) -> None:
+    check(k, v, slot_mapping, k_cache, *args, **kwargs)
+    if resolve().debug_checks:
+        values(slot_mapping, k_cache)
+    triton.write(k, v, slot_mapping, k_cache, *args, **kwargs)
+
+
 HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses_write)
 OP = registry.register(
-    registry.FusedOp("write_kv", SCHEMA, eager, lambda *args, **kwargs: None, lambda *args, **kwargs: 1, (HOST,))
+    registry.FusedOp("write_kv", SCHEMA, eager, lambda *args, **kwargs: None, lambda *args, **kwargs: 1, (HOST, TRITON))
 )

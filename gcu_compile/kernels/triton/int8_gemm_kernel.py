@@ -72,7 +72,7 @@ def int8_gemm_kernel(
                 w = (tl.load(w_at, mask=w_mask, other=-128).to(tl.int32) ^ -128).to(tl.int8)
             else:
                 w = tl.load(w_at, mask=w_mask, other=0)
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
             if zeros_ptr is not None:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             if x_zeros_ptr is not None:

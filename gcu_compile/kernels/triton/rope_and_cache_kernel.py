@@ -17,8 +17,11 @@ def round_half_even(x):
 @triton.jit
 def _load(base, head, dim, HEADS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
     """float32 [heads, COUNT padded] values of each head from `base` on, STEP apart."""
-    mask = (head < HEADS)[:, None] & (dim < COUNT)[None, :]
-    return tl.load(base + head[:, None] * SIZE + dim[None, :] * STEP, mask=mask, other=0.0).to(tl.float32)
+    if COUNT == 0:
+        return tl.zeros([head.shape[0], dim.shape[0]], dtype=tl.float32)
+    else:
+        mask = (head < HEADS)[:, None] & (dim < COUNT)[None, :]
+        return tl.load(base + head[:, None] * SIZE + dim[None, :] * STEP, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def _scale_of(amax):
 def rope_and_cache_kernel(
     q_out_ptr,
     qkv_ptr,
+    v_ptr,
     cos_sin_ptr,
     positions_ptr,
     slots_ptr,
@@ -94,41 +98,47 @@ def rope_and_cache_kernel(
     V_SLOT: tl.constexpr,
     QUANTISED: tl.constexpr,
     ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
 ):
     """Programs walk the tokens, each from its own on.
 
-    q_out: [tokens, HEADS, SIZE]. qkv: [tokens, ROW elements apart]. cos_sin: [rows, 2 * HALF]. positions, slots:
-    [tokens] int32 below `rows` and `slots`, positions may be None. Caches: see `paged_attention_kernel.py`. scale,
-    zero: [KV_HEADS] float32; scales_out: [blocks, KV_HEADS, BLOCK] float32, written instead.
+    q_out: [tokens, HEADS, SIZE]. qkv: [tokens, ROW elements apart], queries (unless HEADS is 0), then keys. v:
+    [tokens, V_ROW elements apart]. cos_sin: [rows, 2 * HALF]; None if HALF is 0. positions, slots: [tokens] int32 below
+    `rows` and `slots`; positions may be None. Caches: see `paged_attention_kernel.py`. scale, zero: [KV_HEADS] float32;
+    scales_out: [blocks, KV_HEADS, BLOCK] float32, written instead.
     """
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     SECOND: tl.constexpr = 1 if INTERLEAVED else HALF
     head, kv = tl.arange(0, HEADS_PAD), tl.arange(0, KV_PAD)
     dim, tail, dim_v = tl.arange(0, HALF_PAD), tl.arange(0, REST_PAD), tl.arange(0, V_PAD)
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        row = token
-        if positions_ptr is not None:
-            row = tl.load(positions_ptr + token)
-            row = tl.where((row >= 0) & (row < rows), row, 0)
-        angles = cos_sin_ptr + row * (2 * HALF)
-        cos = tl.load(angles + dim, mask=dim < HALF, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(angles + HALF + dim, mask=dim < HALF, other=0.0).to(tl.float32)[None, :]
-        q_base = qkv_ptr + token * ROW
-        a = _load(q_base, head, dim, HEADS, SIZE, STEP, HALF)
-        b = _load(q_base + SECOND, head, dim, HEADS, SIZE, STEP, HALF)
-        rest = _load(q_base + 2 * HALF, head, tail, HEADS, SIZE, 1, REST)
-        if q_norm_ptr is not None:
-            a, b, rest = _norm(a, b, rest, q_norm_ptr, dim, tail, eps, SIZE, HALF, STEP, SECOND, REST)
-        out = q_out_ptr + token * (HEADS * SIZE)
-        at = head[:, None] * SIZE + dim[None, :] * STEP
-        mask = (head < HEADS)[:, None] & (dim < HALF)[None, :]
-        kind = q_out_ptr.dtype.element_ty
+        cos = tl.zeros([1, HALF_PAD], dtype=tl.float32)
+        sin = cos
         if HALF > 0:
-            tl.store(out + at, (a * cos - b * sin).to(kind), mask=mask)
-            tl.store(out + SECOND + at, (b * cos + a * sin).to(kind), mask=mask)
-        if REST > 0:
-            rest_mask = (head < HEADS)[:, None] & (tail < REST)[None, :]
-            tl.store(out + 2 * HALF + head[:, None] * SIZE + tail[None, :], rest.to(kind), mask=rest_mask)
+            row = token
+            if positions_ptr is not None:
+                row = tl.load(positions_ptr + token)
+                row = tl.where((row >= 0) & (row < rows), row, 0)
+            angles = cos_sin_ptr + row * (2 * HALF)
+            cos = tl.load(angles + dim, mask=dim < HALF, other=0.0).to(tl.float32)[None, :]
+            sin = tl.load(angles + HALF + dim, mask=dim < HALF, other=0.0).to(tl.float32)[None, :]
+        if HEADS > 0:
+            q_base = qkv_ptr + token * ROW
+            a = _load(q_base, head, dim, HEADS, SIZE, STEP, HALF)
+            b = _load(q_base + SECOND, head, dim, HEADS, SIZE, STEP, HALF)
+            rest = _load(q_base + 2 * HALF, head, tail, HEADS, SIZE, 1, REST)
+            if q_norm_ptr is not None:
+                a, b, rest = _norm(a, b, rest, q_norm_ptr, dim, tail, eps, SIZE, HALF, STEP, SECOND, REST)
+            out = q_out_ptr + token * (HEADS * SIZE)
+            at = head[:, None] * SIZE + dim[None, :] * STEP
+            mask = (head < HEADS)[:, None] & (dim < HALF)[None, :]
+            kind = q_out_ptr.dtype.element_ty
+            if HALF > 0:
+                tl.store(out + at, (a * cos - b * sin).to(kind), mask=mask)
+                tl.store(out + SECOND + at, (b * cos + a * sin).to(kind), mask=mask)
+            if REST > 0:
+                rest_mask = (head < HEADS)[:, None] & (tail < REST)[None, :]
+                tl.store(out + 2 * HALF + head[:, None] * SIZE + tail[None, :], rest.to(kind), mask=rest_mask)
 
         slot = tl.load(slots_ptr + token)
         # A slot beyond the cache is not written; addresses are validated, whatever the branch.
@@ -142,8 +152,7 @@ def rope_and_cache_kernel(
             if k_norm_ptr is not None:
                 ka, kb, k_rest = _norm(ka, kb, k_rest, k_norm_ptr, dim, tail, eps, SIZE, HALF, STEP, SECOND, REST)
             first, second = ka * cos - kb * sin, kb * cos + ka * sin
-            v_base = qkv_ptr + token * ROW + (HEADS + KV_HEADS) * SIZE
-            v = _load(v_base, kv, dim_v, KV_HEADS, V_SIZE, 1, V_SIZE)
+            v = _load(v_ptr + token * V_ROW, kv, dim_v, KV_HEADS, V_SIZE, 1, V_SIZE)
             if QUANTISED:
                 if k_scales_out_ptr is not None:
                     amax = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
@@ -184,12 +193,13 @@ def rope_and_cache_kernel(
 def _specimens():
     """Llama-3 8B's: NeoX pairs into a bfloat16 cache; a partial, interleaved rotation with norms into an int8 one."""
     names = rope_and_cache_kernel.arg_names
-    signature = dict.fromkeys(("q_out_ptr", "qkv_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
+    signature = dict.fromkeys(("q_out_ptr", "qkv_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
     signature |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i32", "slots_ptr": "*i32", "eps": "fp32"}
     signature |= dict.fromkeys(("tokens", "rows", "slots", "k_block_stride", "v_block_stride"), "i32")
     shape = {"HEADS": 32, "HEADS_PAD": 32, "KV_HEADS": 8, "KV_PAD": 8, "SIZE": 128, "V_SIZE": 128, "V_PAD": 128,
              "HALF": 64, "HALF_PAD": 64, "REST": 0, "REST_PAD": 1, "INTERLEAVED": False, "BLOCK": 64, "K_HEAD": 8192,
-             "K_SLOT": 1, "K_DIM": 64, "V_HEAD": 8192, "V_SLOT": 128, "QUANTISED": False, "ROW": 6144}  # fmt: skip
+             "K_SLOT": 1, "K_DIM": 64, "V_HEAD": 8192, "V_SLOT": 128, "QUANTISED": False, "ROW": 6144,
+             "V_ROW": 6144}  # fmt: skip
     eight = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8") | dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), "*bf16")
     per_head = dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "k_zero_ptr", "v_zero_ptr"), "*fp32")
     per_token = dict.fromkeys(("k_scales_out_ptr", "v_scales_out_ptr"), "*fp32")
@@ -198,6 +208,7 @@ def _specimens():
         ("partial, norms, int8 per token", eight | per_token, partial),
         ("neox", {}, {}),
         ("interleaved, int8 per head", eight | per_head, partial | {"INTERLEAVED": True}),
+        ("write only", {}, {"HEADS": 0, "HEADS_PAD": 1, "HALF": 0, "HALF_PAD": 1, "REST": 128, "REST_PAD": 128}),
     ):
         kinds = signature | given
         absent = {name: None for name in names if name not in kinds and name not in shape}

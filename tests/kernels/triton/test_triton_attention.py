@@ -5,6 +5,7 @@ import torch
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import dense, mla, paged, rope
+from gcu_compile.kernels.attention import write as write_kv
 from gcu_compile.kernels.tolerance import tolerance
 from gcu_compile.kernels.triton import attention, paged_attention, rope_and_cache
 
@@ -189,6 +190,22 @@ def test_rope_and_cache(name):
         close(mine[2][key], meant[2][key], F32, size)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_write_kv(int8):
+    g = numbers(2)
+    k, v = torch.randn(7, 3, 32, generator=g), torch.randn(7, 3, 20, generator=g)
+    slots = torch.tensor([4, -1, 70, 33, 0, 12, 79])
+    kind = torch.int8 if int8 else F32
+    caches = [[torch.zeros(5, 3, 16, n, dtype=kind) for n in (32, 20)] for _ in range(2)]
+    caches[0][0] = paged_attention.key_cache(5, 3, 16, 32, kind, "cpu")
+    scales = [{f"{n}_scale_cache": torch.zeros(5, 3, 16) for n in "kv"} if int8 else {} for _ in range(2)]
+    assert rope_and_cache.refuses_write(k, v, slots, *caches[0]) is None
+    rope_and_cache.write(k, v, slots, *caches[0], **scales[0])
+    write_kv.eager(k, v, slots, *caches[1], **scales[1])
+    for mine, meant in zip((*caches[0], *scales[0].values()), (*caches[1], *scales[1].values()), strict=True):
+        assert torch.equal(mine, meant)
+
+
 def test_refusals_say_why(monkeypatch):
     q, v = torch.zeros(1, 2, 32), torch.zeros(4, 1, 16, 32)
     assert "torch.float64" in paged_attention.refuses(q.double(), v, v, None)
@@ -202,7 +219,7 @@ def test_refusals_say_why(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["attention", "paged_attention", "paged_attention_int8", "mla_attention",
-                                  "rope_and_cache"])  # fmt: skip
+                                  "rope_and_cache", "write_kv"])  # fmt: skip
 def test_operation_names_its_kernel(name):
     kernel = {i.name: i for i in registry.get(name).implementations}["triton"]
     assert kernel.devices == ("cuda", "gcu")
