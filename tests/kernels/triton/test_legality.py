@@ -22,6 +22,7 @@ def module(name):
 
 
 SPECIMENS = {f"{name}: {entry['name']}": entry for name in MODULES for entry in module(name).LEGALITY_SPECIMENS}
+OTHERS = {f"{n}: {entry['name']}": entry for n in MODULES for entry in getattr(module(n), "NOT_ON_GCU300", [])}
 
 
 def sliced_share(report):
@@ -56,6 +57,12 @@ def test_kernel_is_legal_and_moves_slices(name, target):
     assert (share < LEAST_SLICED) == bool(why), why
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_kept_from_gcu300_is_legal_on_gcu400_alone(name):
+    legal = {t: check_kernel(Specimen.of(OTHERS[name]), load_profile(t)).legal for t in ("gcu300", "gcu400")}
+    assert legal == {"gcu300": False, "gcu400": True}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_kernel_has_a_specimen(name):
     kernels = {k for k in vars(module(name)).values() if is_kernel(k) and k.__name__.endswith("_kernel")}
@@ -66,15 +73,15 @@ def test_every_kernel_has_a_specimen(name):
 def first_of_each_kernel():
     """ptxas takes seconds: by default the first specimen of each kernel, with --slow all of them."""
     seen = set()
-    for name, entry in SPECIMENS.items():
-        yield pytest.param(name, marks=[pytest.mark.slow] if entry["kernel"] in seen else [])
+    for name, entry in (SPECIMENS | OTHERS).items():
+        yield pytest.param(name, marks=[pytest.mark.slow] if entry["kernel"] in seen and name not in OTHERS else [])
         seen.add(entry["kernel"])
 
 
 @pytest.mark.parametrize("name", first_of_each_kernel())
 def test_compiles_ahead_of_time_for_sm_90(name):
     file, _ = name.split(": ")
-    entry = SPECIMENS[name]
+    entry = (SPECIMENS | OTHERS)[name]
     for_cuda = getattr(module(file), "for_cuda", lambda constexprs: constexprs)
     config = configs(getattr(module(file), "CONFIG", file.removesuffix("_kernel")), "cuda")[0]
     exact = getattr(module(file), "EXACT", False)
