@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,9 @@ def test_python_files_can_be_read_in_one_sitting():
     files = [p for d in ("gcu_compile", "vllm_integration", "tests", "examples") for p in (ROOT / d).rglob("*.py")]
     long = {str(p.relative_to(ROOT)) for p in files if len(p.read_text().splitlines()) > 400}
     assert not long
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports a file by its name alone: two of one name cannot be collected together."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "__init__.py")
+    assert not [name for name, count in names.items() if count > 1 and name != "conftest.py"]
