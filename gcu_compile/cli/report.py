@@ -26,6 +26,7 @@ def write_json(file: Path | None, report: dict[str, Any]) -> None:
         with os.fdopen(handle, "w") as stream:
             json.dump(report, stream, indent=2, default=str)
             stream.write("\n")
+        os.chmod(aside, 0o644)
         os.replace(aside, file)
     except OSError as error:
         raise typer.BadParameter(f"cannot write {file}: {error}") from error

@@ -117,7 +117,8 @@ class Watch:
         for kernel in (kernel for recording in recordings for graph in recording.kernels for kernel in graph):
             kernels[kernel.name, kernel.by] += kernel.calls
         seconds: Counter[str] = Counter()
-        for recording in recordings:
+        # A hit has the seconds of the compilation that made its code; those count once.
+        for recording in {recording.key or number: recording for number, recording in enumerate(recordings)}.values():
             seconds.update(recording.seconds)
         return Explanation(
             graphs=graphs,

@@ -126,3 +126,16 @@ def test_a_hit_explains_the_same_and_kernels_name_their_maker(tmp_path):
     assert states == ["miss", "hit"] and miss == hit
     assert {kernel["by"] for kernel in miss["kernels"]} == {"library", "inductor", "hand-written"}
     assert any(kernel["name"] == "gcu::sample" for kernel in miss["kernels"])
+
+
+def test_seconds_of_a_hit_count_once(tmp_path):
+    from gcu_compile import backend
+    from gcu_compile.debug.explain import Watch
+
+    watch, options = Watch(), {"cache_dir": str(tmp_path)}
+    for _ in range(2):
+        torch.compiler.reset()
+        torch.compile(lambda x: x.sin() + 1, backend="gcu", options=options)(torch.ones(3))
+    report = watch.explanation(options)
+    assert [one["state"] for one in report.cache] == ["miss", "hit"]
+    assert report.seconds == backend.recordings[-2].seconds and report.seconds["total"] > 0
