@@ -21,7 +21,7 @@ from gcu_compile.lowering.context import Context, GraphReport
 from gcu_compile.lowering.pipeline import check_names, lower
 from gcu_compile.options import Options, resolve
 from gcu_compile.recording import Recording
-from gcu_compile.targets.select import check_target, target_of
+from gcu_compile.targets.select import TARGETS, check_target, target_of
 
 # Reports of the graphs compiled in this process, oldest first; a graph found in the cache has the report of the
 # compilation that made it.
@@ -39,7 +39,7 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
     """
     effective = resolve(options)
     target = target_of(effective.target, example_inputs)
-    check_target(target, serves="torch.compile", supported=("host", "cuda"))
+    check_target(target, serves="torch.compile", supported=TARGETS)
     check_names(Context(effective, target))
     if effective.shadow != "off":
         from gcu_compile.debug import shadow  # nothing of the shadow check runs when it is off

@@ -1,6 +1,9 @@
 """vLLM with gcu-compile: the platform, its compiler, and the seven behaviours. Imports vLLM only when called."""
 
-PLATFORM = "vllm_integration.platform.GcuHostPlatform"
+import importlib.util
+
+HOST_PLATFORM = "vllm_integration.platform.GcuHostPlatform"
+GCU_PLATFORM = "vllm_integration.gcu_platform.GcuPlatform"
 
 
 def platform_plugin() -> str:
@@ -14,7 +17,21 @@ def platform_plugin() -> str:
 
     # vLLM asks for the platform while it imports this module.
     vllm_private.when_imported("vllm.engine.arg_utils", behaviours.install_engine_args)
-    return PLATFORM
+    return GCU_PLATFORM if wants_card() else HOST_PLATFORM
+
+
+def wants_card() -> bool:
+    """Whether models run on a GCU: an emulated one is asked for, or torch_gcu is here and target is not the host."""
+    from gcu_compile.errors import GcuCompileError
+    from gcu_compile.options import resolve
+
+    try:
+        options = resolve()
+    except GcuCompileError:  # reported later, where the message reaches the user
+        return False
+    if options.emulate:
+        return True
+    return options.target in ("auto", "gcu300", "gcu400") and importlib.util.find_spec("torch_gcu") is not None
 
 
 def register() -> None:

@@ -51,7 +51,9 @@ class GcuSampler(Sampler):
             self.fallbacks[reason] += 1
             return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
         asked = settings(sampling_metadata, *logits.shape)
-        ids = torch.ops.gcu.sample(logits, *self.randomness(sampling_metadata, len(logits)), **asked)
+        asked = {name: value.to(logits.device) for name, value in asked.items()}
+        randomness = (value.to(logits.device) for value in self.randomness(sampling_metadata, len(logits)))
+        ids = torch.ops.gcu.sample(logits, *randomness, **asked)
         return SamplerOutput(
             sampled_token_ids=ids.to(torch.int32).unsqueeze(-1),
             logprobs_tensors=self._logprobs(logits, ids, sampling_metadata, mode),
@@ -128,8 +130,8 @@ def settings(metadata: SamplingMetadata, rows: int, vocab: int) -> dict[str, tor
 
 
 def _triple(where: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor):
-    rows, ids = (index.numpy() for index in where)
-    return rows, ids, np.broadcast_to(values.numpy(), rows.shape)
+    rows, ids = (index.cpu().numpy() for index in where)
+    return rows, ids, np.broadcast_to(values.cpu().numpy(), rows.shape)
 
 
 def _bad_words(words: dict[int, list[list[int]]], outputs: list[list[int]]):
@@ -160,7 +162,7 @@ def history(metadata: SamplingMetadata, rows: int, vocab: int) -> dict[str, torc
     repetition, frequency = metadata.repetition_penalties, metadata.frequency_penalties
     presence = metadata.presence_penalties
     asked = ((repetition != 1) | (frequency != 0) | (presence != 0)).tolist()
-    prompts = metadata.prompt_token_ids.numpy()
+    prompts = metadata.prompt_token_ids.cpu().numpy()
     all_rows, all_ids, all_counts = [], [], []
     for row in range(rows):
         if not asked[row]:

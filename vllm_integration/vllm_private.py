@@ -111,3 +111,47 @@ def replace_error_dump(replacement: Callable) -> None:
     from vllm.v1.engine import core
 
     _once(core, "dump_engine_exception", lambda original: replacement)
+
+
+def cuda_names_mean_gcu() -> None:
+    """Let `torch.cuda.Stream`, `Event` and the like be those of `torch.gcu` in this worker process.
+
+    vLLM's model runner asks torch.cuda for its streams on every device. The vendor's `torch_gcu.transfer_to_gcu` does
+    the same to all of torch.cuda.
+    """
+    import torch
+
+    def event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> Any:
+        return torch.gcu.Event(*args, **kwargs)
+
+    torch.cuda.Event, torch.cuda.Stream, torch.cuda.stream = event, torch.gcu.Stream, torch.gcu.stream
+    # Objects of their own: Dynamo refuses two names for one function.
+    for name in ("current_stream", "default_stream", "set_stream"):
+        setattr(torch.cuda, name, functools.partial(getattr(torch.gcu, name)))
+
+
+def skip_kernel_warmup() -> None:
+    """No warm-up of vLLM's CUDA kernels, which imports models whose dependencies are not here."""
+    from vllm.v1.worker import gpu_worker
+
+    def make(original):
+        def kernel_warmup(*args, **kwargs):
+            return None
+
+        return kernel_warmup
+
+    _once(gpu_worker, "kernel_warmup", make)
+
+
+def replace_slot_mapping(compute: Callable) -> None:
+    """`compute(block_table, query_start_loc, positions, block_size, out)` instead of a Triton kernel."""
+    from vllm.v1.worker.block_table import BlockTable
+
+    def make(original):
+        def compute_slot_mapping(self, num_reqs, query_start_loc, positions):
+            starts = query_start_loc[: num_reqs + 1]
+            compute(self.block_table.gpu, starts, positions, self.block_size, self.slot_mapping.gpu)
+
+        return compute_slot_mapping
+
+    _once(BlockTable, "compute_slot_mapping", make)

@@ -73,6 +73,18 @@ def test_views_share_memory_and_writes_reach_it():
 
 
 @on_card
+def test_views_keep_inference_tensors_and_normal_ones_apart():
+    normal = torch.ones(4, device="gcu")
+    with torch.inference_mode():
+        made = normal + 1
+        assert made.is_inference() and made[1:].is_inference()
+        assert not normal[1:].is_inference()
+    assert made.view(2, 2).is_inference() and not (made + 1).is_inference()
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        made.add_(1)
+
+
+@on_card
 def test_resize_and_set():
     x = torch.arange(6.0, device="gcu")
     x.resize_(12)
@@ -129,6 +141,7 @@ def test_save_load_pin_and_move():
     assert torch.equal(torch.load(file, map_location="cpu")["x"], x.cpu())
     pinned = torch.ones(4).pin_memory()
     assert pinned.is_pinned() and pinned[1:].is_pinned() and not torch.ones(4).is_pinned()
+    torch.accelerator.empty_host_cache()
     assert torch.nn.Linear(2, 2).gcu().weight.is_gcu
     assert x.to(torch.bfloat16).to("cpu", torch.float64).dtype == torch.float64
 

@@ -100,6 +100,7 @@ extern "C" void gcu_emulator_start(int devices, size_t memory_limit, size_t gran
   gcu::devices = static_cast<c10::DeviceIndex>(devices);
   gcu::allocator().configure(devices, memory_limit, granule);
   c10::SetAllocator(gcu::kType, &gcu::allocator());
+  at::setHostAllocator(gcu::kType, &gcu::pinned_allocator());
   static auto* hooks = new gcu::Hooks();
   at::RegisterPrivateUse1HooksInterface(hooks);
 }

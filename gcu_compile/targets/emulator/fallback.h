@@ -24,6 +24,8 @@ class Call {
     }
     auto host = at::detail::make_tensor<c10::TensorImpl>(host_storage(tensor.storage()),
                                                          c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+    storages_.at(tensor.storage().unsafeGetStorageImpl()).keys = tensor.key_set() -
+        c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
     auto* impl = host.unsafeGetTensorImpl();
     impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
@@ -38,7 +40,7 @@ class Call {
     if (!entry.host) {
       c10::DataPtr borrowed(const_cast<void*>(card.data()), c10::Device(c10::DeviceType::CPU));
       entry = {card, c10::Storage(c10::Storage::use_byte_size_t(), card.nbytes(), std::move(borrowed),
-                                  c10::GetCPUAllocator(), /*resizable=*/true)};
+                                  c10::GetCPUAllocator(), /*resizable=*/true), std::nullopt};
     }
     return entry.host;
   }
@@ -63,9 +65,7 @@ class Call {
       if (pair.host.is_same(host)) return pair.card;
     }
     if (host._is_zerotensor()) return at::zeros(host.sizes(), host.options().device(kType, device_));
-    auto card = at::detail::make_tensor<c10::TensorImpl>(card_storage(host.storage()),
-                                                         c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                                         host.dtype());
+    auto card = make_card_tensor(host);
     auto* impl = card.unsafeGetTensorImpl();
     impl->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
     card._set_conj(host.is_conj());
@@ -79,7 +79,19 @@ class Call {
   };
   struct StoragePair {
     c10::Storage card, host;
+    std::optional<c10::DispatchKeySet> keys;  // of the argument that it came with
   };
+
+  // A view of an argument is an inference tensor if that is one; what is new, if the mode says so.
+  at::Tensor make_card_tensor(const at::Tensor& host) {
+    auto storage = card_storage(host.storage());
+    const auto& keys = storages_.at(storage.unsafeGetStorageImpl()).keys;
+    if (keys) {
+      return at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, std::move(storage), *keys, host.dtype());
+    }
+    return at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
+                                                    c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), host.dtype());
+  }
 
   c10::Storage card_storage(const c10::Storage& host) {
     for (auto& [_, pair] : storages_) {
@@ -91,7 +103,7 @@ class Call {
       return pair.card;
     }
     c10::Storage card(c10::Storage::use_byte_size_t(), host.nbytes(), take(host), &allocator(), /*resizable=*/true);
-    storages_[card.unsafeGetStorageImpl()] = {card, host};
+    storages_[card.unsafeGetStorageImpl()] = {card, host, std::nullopt};
     return card;
   }
 

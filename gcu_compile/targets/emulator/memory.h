@@ -1,6 +1,7 @@
 // Memory of the emulated cards: host memory, counted and limited per card.
 #pragma once
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Device.h>
@@ -148,7 +149,7 @@ inline Allocator& allocator() {
 inline void Allocator::release(void* start) { allocator().free(start); }
 
 // Page-locked memory is ordinary host memory that remembers that it was asked for.
-class PinnedAllocator final : public c10::Allocator {
+class PinnedAllocator final : public at::HostAllocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     auto host = c10::GetCPUAllocator()->allocate(bytes ? bytes : 1);
@@ -157,6 +158,11 @@ class PinnedAllocator final : public c10::Allocator {
     blocks_.emplace(start, std::make_pair(std::move(host), bytes));
     return {start, start, &PinnedAllocator::release, c10::DeviceType::CPU};
   }
+  bool record_event(void*, void*, c10::Stream) override { return true; }
+  void empty_cache() override {}
+  at::HostStats get_stats() override { return {}; }
+  void reset_accumulated_stats() override {}
+  void reset_peak_stats() override {}
   bool owns(const void* pointer) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto next = blocks_.upper_bound(pointer);

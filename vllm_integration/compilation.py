@@ -1,0 +1,44 @@
+"""What both platforms do to vLLM's compilation settings: its compile mode, with our compiler and without CUDA kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# vLLM's fusions into CUDA kernels.
+DEVICE_FUSIONS = (
+    "fuse_norm_quant",
+    "fuse_act_quant",
+    "fuse_attn_quant",
+    "fuse_allreduce_rms",
+    "enable_qk_norm_rope_fusion",
+    "fuse_rope_kvcache_cat_mla",
+    "fuse_act_padding",
+    "fuse_mla_dual_rms_norm",
+    "fuse_rope_kvcache",
+    "fuse_qk_norm_rope_kvcache",
+)
+
+
+def apply_defaults(compilation: Any, compiler: str) -> None:
+    """Before vLLM completes its configuration.
+
+    Until then our compiler goes by the name `inductor`: vLLM's defaults for compiled graphs (native operations
+    instead of custom ones) depend on that name.
+    """
+    if compilation.backend in ("gcu", compiler):
+        compilation.backend = "inductor"
+    for name in DEVICE_FUSIONS:
+        if getattr(compilation.pass_config, name, False) is None:
+            setattr(compilation.pass_config, name, False)
+
+
+def take_over(vllm_config: Any, compiler: str) -> None:
+    """Compile in vLLM's own mode, which keeps artifacts between starts, with `compiler`, in pieces split at attention."""
+    from vllm.config import CompilationMode  # vllm.config imports the platform: not at the top
+
+    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    compilation.backend = compiler
+    compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
+    # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
+    compilation.compile_sizes = compilation.compile_sizes or []
