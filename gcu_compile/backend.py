@@ -21,6 +21,7 @@ from gcu_compile.lowering.context import Context, GraphReport
 from gcu_compile.lowering.pipeline import check_names, lower
 from gcu_compile.options import Options, resolve
 from gcu_compile.recording import Recording
+from gcu_compile.targets.profile import PROFILES
 from gcu_compile.targets.select import TARGETS, check_target, target_of
 
 # Reports of the graphs compiled in this process, oldest first; a graph found in the cache has the report of the
@@ -50,7 +51,13 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
     lowering = LoweringPass(effective, target, recording)
     if effective.inductor:
         compiled = torch_private.compile_with_inductor(
-            gm, example_inputs, lowering, effective.cache, recording.learned, provenance=bool(effective.dump)
+            gm,
+            example_inputs,
+            lowering,
+            effective.cache,
+            recording.learned,
+            provenance=bool(effective.dump),
+            settings=inductor_settings(target, effective),
         )
     else:
         compiled = torch_private.compile_eagerly(gm, example_inputs, lowering)
@@ -58,6 +65,17 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
     if recording.state == "hit":
         reports.extend(recording.reports)
     return compiled
+
+
+def inductor_settings(target: str, options: Options) -> dict[str, Any]:
+    """What Inductor must be told for `target`; for a card, its code generation is registered on the way."""
+    if target not in PROFILES:
+        return {}
+    from gcu_compile.codegen import device
+    from gcu_compile.codegen.device_private import forced_options
+
+    device.register(target, options.target_profile)
+    return forced_options()
 
 
 class LoweringPass(torch_private.CustomInferenceAwareGraphPass):

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -169,6 +169,7 @@ def compile_with_inductor(
     cache: bool,
     learn: Callable[[Generated], None],
     provenance: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ):
     """Inductor with `lowering` as the first of its passes on the ATen graph that AOTAutograd made.
 
@@ -177,8 +178,10 @@ def compile_with_inductor(
         cache: whether Inductor keeps and reuses its artifacts.
         learn: called with what was generated for each graph; not called when the cache held the whole.
         provenance: let Inductor record which nodes each kernel computes.
+        settings: Inductor settings that the target needs.
     """
     patches: dict[str, Any] = {
+        **(settings or {}),
         "joint_custom_pre_pass": BeforeInductorsPasses(lowering),
         "post_grad_custom_pre_pass": TellsOfTraining(lowering),
     }

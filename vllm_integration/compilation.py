@@ -1,4 +1,4 @@
-"""What both platforms do to vLLM's compilation settings: its compile mode, with our compiler and without CUDA kernels."""
+"""What both platforms do to vLLM's compilation settings: its compile mode, our compiler, no CUDA kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def apply_defaults(compilation: Any, compiler: str) -> None:
 
 
 def take_over(vllm_config: Any, compiler: str) -> None:
-    """Compile in vLLM's own mode, which keeps artifacts between starts, with `compiler`, in pieces split at attention."""
+    """Compile with `compiler` in the mode that keeps artifacts between starts, in pieces split at attention."""
     from vllm.config import CompilationMode  # vllm.config imports the platform: not at the top
 
     compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config

@@ -18,6 +18,14 @@ from gcu_compile.backend import LoweringPass
 from gcu_compile.cache.key import cache_key
 from gcu_compile.options import resolve
 from gcu_compile.recording import Recording
+from gcu_compile.targets.select import gcu_target
+
+
+def target() -> str:
+    """What this vLLM process compiles for: `host`, or the card that its platform stands for."""
+    from vllm.platforms import current_platform
+
+    return gcu_target() if current_platform.device_type == "gcu" else "host"
 
 
 class GcuCompiler(InductorStandaloneAdaptor):
@@ -30,12 +38,12 @@ class GcuCompiler(InductorStandaloneAdaptor):
 
     def compute_hash(self, vllm_config) -> str:
         """vLLM's own factors and ours: a changed rule or option is a cache miss."""
-        return f"{super().compute_hash(vllm_config)}-{cache_key(resolve(), 'host')[:16]}"
+        return f"{super().compute_hash(vllm_config)}-{cache_key(resolve(), target())[:16]}"
 
     def compile(self, graph, example_inputs, compiler_config, compile_range, key=None):
         """vLLM's own compilation of one piece, recorded."""
         options = resolve()
-        recording = Recording(graph, example_inputs, options, "host")
+        recording = Recording(graph, example_inputs, options, target())
         for value in compiler_config.values():
             if isinstance(value, GcuPassManager):
                 value.lowering.recording = recording
@@ -77,7 +85,7 @@ class GcuPassManager(PostGradPassManager):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lowering = LoweringPass(resolve(), target="host")
+        self.lowering = LoweringPass(resolve(), target=target())
 
     def configure(self, config) -> None:
         super().configure(config)

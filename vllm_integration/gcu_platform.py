@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
+from gcu_compile.backend import inductor_settings
 from gcu_compile.errors import UnsupportedFeatureError
 from gcu_compile.options import resolve
 from gcu_compile.targets import emulator
@@ -34,7 +35,7 @@ def refuse_what_has_no_kernels(vllm_config: Any) -> None:
         (vllm_config.lora_config is not None, "LoRA"),
     ):
         if asked:
-            raise UnsupportedFeatureError(f"{name} is not available on target gcu: leave it out, or run on target host.")
+            raise UnsupportedFeatureError(f"{name} is not available on target gcu. Leave it out, or use target host.")
 
 
 class GcuPlatform(Platform):
@@ -92,6 +93,7 @@ class GcuPlatform(Platform):
             config.cudagraph_mode = CUDAGraphMode.NONE
         if config.mode == CompilationMode.VLLM_COMPILE and config.backend == "inductor":
             compilation.take_over(vllm_config, cls.get_compile_backend())
+            config.inductor_compile_config.update(inductor_settings(gcu_target(), resolve()))
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = behaviours.MULTIPROC_METHOD
 
     # The device.

@@ -17,6 +17,9 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.workspace import init_workspace_manager
 
+from gcu_compile.backend import inductor_settings
+from gcu_compile.options import resolve
+from gcu_compile.targets.select import gcu_target
 from vllm_integration import vllm_private
 from vllm_integration.sampler import GcuSampler
 from vllm_integration.slots import slot_mapping
@@ -61,6 +64,7 @@ class GcuWorker(Worker):
                 f"worker {self.rank} needs gcu:{self.local_rank}, and {count} cards are visible. Lower "
                 f"tensor_parallel_size ({parallel.tensor_parallel_size}), or show more in TOPS_VISIBLE_DEVICES."
             )
+        inductor_settings(gcu_target(), resolve())  # registers code generation in this process
         vllm_private.cuda_names_mean_gcu()
         vllm_private.skip_kernel_warmup()
         vllm_private.replace_slot_mapping(slot_mapping)

@@ -11,7 +11,11 @@ PAD_SLOT = -1
 
 
 def slot_mapping(
-    block_table: torch.Tensor, query_start_loc: torch.Tensor, positions: torch.Tensor, block_size: int, out: torch.Tensor
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    block_size: int,
+    out: torch.Tensor,
 ) -> None:
     """Write the slot of every token of a step into `out`.
 

@@ -1,7 +1,7 @@
 """The device type `gcu`: what stands behind it in this process, and Inductor's registrations for it.
 
-    register("gcu300")                torch_gcu's device if it is installed, else FakeTensors only
-    adopt(Runtime("emulated", ...))   a device that somebody else has set up, e.g. the emulator
+    register("gcu300")                the emulated card, else torch_gcu's device, else FakeTensors only
+    adopt(Runtime("emulated", ...))   a device that somebody else has set up
 
 A process has one kind of runtime: PyTorch lets its private device type be named and filled once. The target may
 change from one compilation to the next as long as no card stands behind it.
@@ -20,6 +20,7 @@ import torch
 
 from gcu_compile.codegen import device_private
 from gcu_compile.errors import TargetUnavailableError, UnknownNameError
+from gcu_compile.targets import emulator
 from gcu_compile.targets.profile import PROFILES, load_profile
 from gcu_compile.targets.select import has_torch_gcu
 
@@ -77,6 +78,8 @@ def register(target: str, profile_file: str = "") -> Runtime:
         return adopt(Runtime(_current.kind, target, _current.module, _current.packaging, profile_file))
     if target not in PROFILES:
         raise UnknownNameError("gcu target", target, PROFILES)
+    if emulator.card() is not None:
+        return adopt(Runtime("emulated", target, torch.gcu, "", profile_file))
     if has_torch_gcu():
         return adopt(Runtime("card", target, _vendor_module(), triton_packaging(), profile_file))
     name = torch._C._get_privateuse1_backend_name()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gcu_compile.targets import emulator
+
 __all__ = ["Launcher", "fixed_config"]
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
@@ -54,9 +56,16 @@ class Launcher:
     def run(self, *args: Any, stream: Any = None, **_: Any) -> None:
         """Launch on the current stream of the current device; the wrapper has made both current."""
         options = {name: self.config[name] for name in LAUNCH_OPTIONS}
+        if emulator.card() is not None:
+            from gcu_compile.targets.emulator.launch import launch
+
+            launch(self.fn, self.grid, *args, **self.constexprs, **options)
+            return
         self.fn[self.grid](*args, **self.constexprs, **options)
 
     # What Inductor calls on its own launchers; nothing is left to do here.
+
+    autotune_cache_info = None  # nothing is tuned
 
     def set_compile_info(self, *_: Any, **__: Any) -> None:
         """Inductor's bookkeeping."""

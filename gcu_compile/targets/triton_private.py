@@ -38,6 +38,16 @@ def kernel_name(kernel: Any) -> str:
     return getattr(_jit_function(kernel), "__name__", repr(kernel))
 
 
+def argument_names(kernel: Any) -> tuple[str, ...]:
+    """Names of all arguments of a `@triton.jit` function, in order."""
+    return tuple(_jit_function(kernel).arg_names)
+
+
+def constexpr_names(kernel: Any) -> tuple[str, ...]:
+    """Names of the constexpr arguments of a `@triton.jit` function."""
+    return tuple(parameter.name for parameter in _jit_function(kernel).params if parameter.is_constexpr)
+
+
 def kernel_source(kernel: Any) -> str:
     """The text of a `@triton.jit` function."""
     return _jit_function(kernel).src

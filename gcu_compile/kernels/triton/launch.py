@@ -12,8 +12,9 @@ import torch
 from gcu_compile.errors import KernelBuildError, LegalityError
 from gcu_compile.kernels.triton.configs import Config
 from gcu_compile.options import resolve
+from gcu_compile.targets import emulator
 from gcu_compile.targets.profile import PROFILES, load_profile
-from gcu_compile.targets.select import has_torch_gcu
+from gcu_compile.targets.select import gcu_target, has_torch_gcu
 from gcu_compile.targets.triton_private import Interpreted
 
 
@@ -27,12 +28,7 @@ def target_of(tensor: torch.Tensor) -> str:
     asked = resolve().target
     if asked in PROFILES:
         return asked
-    if tensor.device.type == "gcu" and has_torch_gcu():
-        capability = torch.get_device_module("gcu").get_device_capability()
-        major = capability[0] if isinstance(capability, (tuple, list)) else capability
-        # 3 is S60 without vllm-gcu's offset of 10 (design note: 130 S60, 140 L600).
-        return "gcu400" if int(str(major)[-1] if major < 100 else str(major)[1]) >= 4 else "gcu300"
-    return "gcu300"
+    return (gcu_target() if tensor.device.type == "gcu" else None) or "gcu300"
 
 
 def interprets(tensor: torch.Tensor) -> bool:
@@ -61,6 +57,11 @@ def launch(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if exact:
         options["enable_fp_fusion"] = False
+    if tensor.device.type == "gcu" and emulator.card() is not None:
+        from gcu_compile.targets.emulator.launch import launch as launch_emulated
+
+        launch_emulated(kernel, grid, *args, num_warps=config.num_warps, num_stages=config.num_stages, **constexprs)
+        return
     if interprets(tensor):
         Interpreted(kernel)[grid](*args, **constexprs)
         return
