@@ -180,11 +180,12 @@ def compile_with_inductor(
         provenance: let Inductor record which nodes each kernel computes.
         settings: Inductor settings that the target needs.
     """
-    patches: dict[str, Any] = {
-        **(settings or {}),
-        "joint_custom_pre_pass": BeforeInductorsPasses(lowering),
-        "post_grad_custom_pre_pass": TellsOfTraining(lowering),
-    }
+    patches: dict[str, Any] = dict(settings or {})
+    if patches.get("use_joint_graph_passes", True):
+        patches["joint_custom_pre_pass"] = BeforeInductorsPasses(lowering)
+        patches["post_grad_custom_pre_pass"] = TellsOfTraining(lowering)
+    else:  # off, they take our pass with them; then the post-grad pre-pass is the first to see the graph
+        patches["post_grad_custom_pre_pass"] = lowering
     if not cache:
         patches["fx_graph_cache"] = False
     if provenance:

@@ -74,6 +74,21 @@ def test_generated_kernels_go_through_the_checked_launch():
 
 
 @on_card
+def test_rules_fire_for_the_card_too():
+    from gcu_compile import backend
+
+    def attention(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v = (torch.randn(1, 2, 16, 32) for _ in range(3))
+    result = run(attention, (q, k, v))
+    assert sum(backend.reports[-1].fused.values()) > 0, backend.reports[-1].matches
+    expected = attention(q.double(), k.double(), v.double())
+    bounds = tolerance(torch.float32, 32, scale=float(expected.abs().max()))
+    torch.testing.assert_close(result.double(), expected, **bounds)
+
+
+@on_card
 def test_the_other_cards_tensors_run_on_the_other_card():
     x = torch.randn(8, 32)
     torch._dynamo.reset()

@@ -51,7 +51,9 @@ def launch(
     """
     names = argument_names(kernel)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    constants = {name: given[name] for name in constexpr_names(kernel) if name in given}
+    fixed = constexpr_names(kernel)
+    # Triton compiles None into the kernel as it does a constexpr.
+    constants = {name: given[name] for name in names if name in given and (name in fixed or given[name] is None)}
     values = {name: value for name, value in given.items() if name in names and name not in constants}
     name = kernel_name(kernel)
     check_device(name, values)
