@@ -116,7 +116,7 @@ def test_grid_and_warps_are_limited():
 
 @on_card
 def test_what_aborts_the_compiler_is_refused_with_its_line():
-    with pytest.raises(LegalityError, match=r"clamped cannot run on gcu300: rule address-abort: .*test_emulated_launch.py:\d+"):
+    with pytest.raises(LegalityError, match=r"clamped cannot run on gcu300: rule address-abort: .*_launch.py:\d+"):
         launch(clamped, *pair(), BLOCK=256)
 
 
