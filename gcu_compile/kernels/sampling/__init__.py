@@ -161,6 +161,17 @@ def _host_tokens(logits, draft_ids, draft_probabilities, **asked):
     return host.run(logits, draft_ids=draft_ids, draft_probabilities=draft_probabilities, **asked)
 
 
+def _triton_tokens(logits, draft_ids, draft_probabilities, **asked):
+    # A draft without probabilities is accepted where it is what `gcu::sample` draws.
+    return triton.run(logits, **asked)
+
+
+def _refuses_triton_tokens(logits, ids, offsets, bonus, seeds, positions, length, probabilities=None, *_, **named):
+    if named.get("draft_probabilities", probabilities) is not None:
+        return "drafts with probabilities are verified in float64"
+    return triton.refuses(logits)
+
+
 REJECTION_SAMPLE = registry.register(
     registry.FusedOp(
         "rejection_sample",
@@ -176,6 +187,7 @@ REJECTION_SAMPLE = registry.register(
             registry.Implementation(
                 "host_cpp", ("cpu",), _reject(_host_tokens), lambda logits, *args, **kwargs: host.refuses(logits)
             ),
+            registry.Implementation("triton", ("cuda", "gcu"), _reject(_triton_tokens), _refuses_triton_tokens),
         ),
     )
 )

@@ -44,9 +44,8 @@ def skip(ids_ptr, first, last, below):
 
 
 @triton.jit
-def _biased(z, offsets, end, at, bias):
+def _biased(z, offsets, end, at, last, ids_ptr, values_ptr):
     """The tile with its row's biases added, and the index of the next tile's first entry."""
-    last, ids_ptr, values_ptr = bias
     more = at < last
     while more:
         entries = at + tl.arange(0, ENTRIES)
@@ -63,9 +62,8 @@ def _biased(z, offsets, end, at, bias):
 
 
 @triton.jit
-def _penalised(z, offsets, end, at, history):
+def _penalised(z, offsets, end, at, last, ids_ptr, counts_ptr, repetition, frequency, presence):
     """The tile with its row's penalties, and the index of the next tile's first entry."""
-    last, ids_ptr, counts_ptr, repetition, frequency, presence = history
     more = at < last
     while more:
         entries = at + tl.arange(0, ENTRIES)
@@ -90,72 +88,66 @@ def tile(row, at, start, vocab, BLOCK: tl.constexpr):
     """Adjusted float32 logits of ids [start, start + BLOCK), -inf beyond the vocabulary; and the next tile's `at`.
 
     Args:
-        row: of `row_of`.
+        row: (logits_ptr of the row, forbidden_ptr of all, the row's first element there, bias_ids, bias_values,
+            history_ids, history_counts, numbers of `numbers_of`). What is not wanted is None, at compile time. The
+            tuple is made in the kernel: Triton 3.6 has no functions that return None in one.
         at: indices of the tile's first bias and first history entry.
     """
-    logits_ptr, forbidden_ptr, bias, history = row
+    logits_ptr, forbidden_ptr, first, bias_ids, bias_values, history_ids, history_counts, numbers = row
+    bias_last, history_last, repetition, frequency, presence = numbers
     bias_at, history_at = at
     offsets = start + tl.arange(0, BLOCK)
     inside = offsets < vocab
     z = tl.load(logits_ptr + start + tl.arange(0, BLOCK), mask=inside, other=MINUS_INFINITY).to(tl.float32)
     z = _not_nan(z)
     if forbidden_ptr is not None:
-        forbidden = tl.load(forbidden_ptr + start + tl.arange(0, BLOCK), mask=inside, other=0)
+        forbidden = tl.load(forbidden_ptr + first + start + tl.arange(0, BLOCK), mask=inside, other=0)
         z = tl.where(forbidden != 0, MINUS_INFINITY, z)
-    if bias is not None:
-        z, bias_at = _biased(z, offsets, start + BLOCK, bias_at, bias)
-    if history is not None:
-        z, history_at = _penalised(z, offsets, start + BLOCK, history_at, history)
+    if bias_ids is not None:
+        z, bias_at = _biased(z, offsets, start + BLOCK, bias_at, bias_last, bias_ids, bias_values)
+    if history_ids is not None:
+        z, history_at = _penalised(
+            z, offsets, start + BLOCK, history_at, history_last, history_ids, history_counts, repetition, frequency,
+            presence,
+        )  # fmt: skip
     return z, (bias_at, history_at)
 
 
 @triton.jit
-def row_of(
+def numbers_of(
     index,
-    logits_ptr,
-    forbidden_ptr,
     bias_offsets_ptr,
     bias_ids,
-    bias_values,
     history_offsets_ptr,
     history_ids,
-    history_counts,
     repetition_ptr,
     frequency_ptr,
     presence_ptr,
-    stride,
-    vocab,
 ):
-    """Where row `index` lies, and the indices of its first bias and history entry."""
-    forbidden, bias, history = None, None, None
-    bias_at, history_at = 0, 0
-    if forbidden_ptr is not None:
-        forbidden = forbidden_ptr + index * vocab
+    """Of row `index`: where its biases and its history begin, as `at`; where they end, and its penalties."""
+    none = index * 0
+    bias_at, bias_last, history_at, history_last = none, none, none, none
+    repetition, frequency, presence = none * 0.0 + 1.0, none * 0.0, none * 0.0
     if bias_ids is not None:
         bias_at = tl.load(bias_offsets_ptr + index)
-        bias = (tl.load(bias_offsets_ptr + index + 1), bias_ids, bias_values)
+        bias_last = tl.load(bias_offsets_ptr + index + 1)
     if history_ids is not None:
         history_at = tl.load(history_offsets_ptr + index)
-        history = (
-            tl.load(history_offsets_ptr + index + 1),
-            history_ids,
-            history_counts,
-            tl.load(repetition_ptr + index),
-            tl.load(frequency_ptr + index),
-            tl.load(presence_ptr + index),
-        )
-    return (logits_ptr + index * stride, forbidden, bias, history), (bias_at, history_at)
+        history_last = tl.load(history_offsets_ptr + index + 1)
+        repetition = tl.load(repetition_ptr + index)
+        frequency = tl.load(frequency_ptr + index)
+        presence = tl.load(presence_ptr + index)
+    return (bias_at, history_at), (bias_last, history_last, repetition, frequency, presence)
 
 
 @triton.jit
 def seek(row, at, start):
     """The indices of the row's first entries from id `start` on."""
-    logits_ptr, forbidden_ptr, bias, history = row
+    logits_ptr, forbidden_ptr, first, bias_ids, bias_values, history_ids, history_counts, numbers = row
+    bias_last, history_last, repetition, frequency, presence = numbers
     bias_at, history_at = at
-    if bias is not None:
-        last, ids_ptr, values_ptr = bias
-        bias_at = skip(ids_ptr, bias_at, last, start)
-    if history is not None:
-        last_seen, seen_ptr, counts_ptr, repetition, frequency, presence = history
-        history_at = skip(seen_ptr, history_at, last_seen, start)
+    if bias_ids is not None:
+        bias_at = skip(bias_ids, bias_at, bias_last, start)
+    if history_ids is not None:
+        history_at = skip(history_ids, history_at, history_last, start)
     return bias_at, history_at

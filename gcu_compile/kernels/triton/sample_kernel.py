@@ -145,9 +145,12 @@ def sample_kernel(
     Offsets: [rows + 1] int32. Settings may be None. BLOCK = 2**HALVES.
     """
     index = tl.program_id(0)
-    row, at = logits.row_of(
-        index, logits_ptr, forbidden_ptr, bias_offsets_ptr, bias_ids, bias_values, history_offsets_ptr, history_ids,
-        history_counts, repetition_ptr, frequency_ptr, presence_ptr, stride, vocab,
+    at, numbers = logits.numbers_of(
+        index, bias_offsets_ptr, bias_ids, history_offsets_ptr, history_ids, repetition_ptr, frequency_ptr, presence_ptr
+    )
+    row = (
+        logits_ptr + index * stride, forbidden_ptr, index * vocab, bias_ids, bias_values, history_ids, history_counts,
+        numbers,
     )  # fmt: skip
     kept_row = None
     if kept_ptr is not None:

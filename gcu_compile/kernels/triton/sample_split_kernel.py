@@ -44,9 +44,12 @@ def largest_kernel(
 ):
     """Programs: rows x splits. partial: [rows, 3, SPLITS] int32: largest key, its first id, smallest key above -inf."""
     index, split = tl.program_id(0), tl.program_id(1)
-    row, at = logits.row_of(
-        index, logits_ptr, forbidden_ptr, bias_offsets_ptr, bias_ids, bias_values, history_offsets_ptr, history_ids,
-        history_counts, repetition_ptr, frequency_ptr, presence_ptr, stride, vocab,
+    at, numbers = logits.numbers_of(
+        index, bias_offsets_ptr, bias_ids, history_offsets_ptr, history_ids, repetition_ptr, frequency_ptr, presence_ptr
+    )
+    row = (
+        logits_ptr + index * stride, forbidden_ptr, index * vocab, bias_ids, bias_values, history_ids, history_counts,
+        numbers,
     )  # fmt: skip
     start, end = _chunk(split, vocab, BLOCK, SPLITS)
     at = logits.seek(row, at, start)
@@ -109,9 +112,19 @@ def measure_kernel(
     state = states.load(state_ptr + index * states.STATE)
     temperature, k, p = sample_kernel.wanted(index, temperature_ptr, None, None)
     if (state[0] < 2) & (temperature >= sample_kernel.GREEDY) & (top >= thresholds.LOWEST):
-        row, at = logits.row_of(
-            index, logits_ptr, forbidden_ptr, bias_offsets_ptr, bias_ids, bias_values, history_offsets_ptr,
-            history_ids, history_counts, repetition_ptr, frequency_ptr, presence_ptr, stride, vocab,
+        at, numbers = logits.numbers_of(
+            index,
+            bias_offsets_ptr,
+            bias_ids,
+            history_offsets_ptr,
+            history_ids,
+            repetition_ptr,
+            frequency_ptr,
+            presence_ptr,
+        )
+        row = (
+            logits_ptr + index * stride, forbidden_ptr, index * vocab, bias_ids, bias_values, history_ids,
+            history_counts, numbers,
         )  # fmt: skip
         start, end = _chunk(split, vocab, BLOCK, SPLITS)
         at = logits.seek(row, at, start)

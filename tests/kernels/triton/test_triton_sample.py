@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import sample as host
-from gcu_compile.kernels.sampling import eager
+from gcu_compile.kernels.sampling import eager, rejection_eager
 
 pytest.importorskip("triton")
 from gcu_compile.kernels.triton import sample
@@ -159,3 +160,18 @@ def test_same_seed_same_token_in_any_batch_and_order():
 )
 def test_refusals_say_why(x, reason):
     assert reason in sample.refuses(x)
+
+
+def test_drafts_are_verified_as_the_meaning_says():
+    operation = {i.name: i for i in registry.get("rejection_sample").implementations}["triton"]
+    x = torch.from_numpy(np.stack([row_of("peaked", 500, np.random.default_rng(6)) for _ in range(5)])).float()
+    numbers = {"seeds": torch.arange(5) + 3, "positions": torch.arange(5)}
+    asked = {"temperature": torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0]), "top_p": torch.full((5,), 0.9)}
+    drafts = eager.sample(x, **numbers, **asked)
+    drafts[3] = (drafts[3] + 1) % 500  # one that is rejected
+    arguments = (x, drafts, torch.tensor([0, 2, 2, 5]), torch.tensor([7, 8, 9]), *numbers.values(), 3)
+    assert operation.refuses(*arguments, None, *asked.values()) is None
+    assert "probabilities" in operation.refuses(*arguments, draft_probabilities=x)
+    expected = rejection_eager.rejection_sample(*arguments, **asked)
+    assert torch.equal(operation.run(*arguments, **asked), expected)
+    assert expected[0].tolist()[2] == 7 and expected[2].tolist()[2:] == [-1, -1]
