@@ -29,7 +29,7 @@ class StepRecord:
 
 @dataclass
 class MatchRecord:
-    """One place where a rule looked. `status`: fused, skipped (the guard's reason), near_miss (what did
+    """One place where a rule looked. `status`: fused (with what), skipped (the guard's reason), near_miss (what did
     not match), disabled (by the user). `index` counts the rule's anchors in the graph, from 0. `by`: who makes
     the code of a fused place, gcu (the graph was rewritten) or inductor (the chain was left whole for it)."""
 

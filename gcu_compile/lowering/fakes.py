@@ -46,7 +46,7 @@ def fill(nodes: Iterable[Node]) -> None:
     """Fake values for those of `nodes`, in order, that have none."""
     for node in nodes:
         if node.op == "call_function" and "val" not in node.meta:
-            compute(node)
+            _compute_or_reshape(node)
 
 
 def replace(old: Node, new: Node) -> None:

@@ -304,6 +304,8 @@ def number_of(value: Any) -> float | int | None:
 
 def arguments_of(node: Node) -> dict[str, Any]:
     """A call's arguments by name, in the order of the schema, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):  # getitem and arithmetic of sizes
+        return dict(enumerate(node.args))
     schema = node.target._schema.arguments
     given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     given = {argument.name: given.get(argument.name) for argument in schema}

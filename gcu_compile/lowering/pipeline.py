@@ -17,7 +17,7 @@ from gcu_compile.lowering.rule import Refusal, Rule
 from gcu_compile.lowering.rules import all_rules
 
 # In this order; what a step leaves is what the next one meets.
-STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing", "legalise")
+STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing", "elementwise", "legalise")
 # Steps that are a function over the whole graph, and the targets that have them.
 WHOLE = {"legalise": (legalise, ("gcu300", "gcu400"))}
 
@@ -95,10 +95,12 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
             record.status, record.reason = "disabled", "switched off by an option"
         elif reason := rule.guard(match):
             record.status, record.reason = "skipped", reason
-        elif rule.build is None:
-            record.by = "inductor"
         else:
-            rewrite(rule, gm.graph, node, match)
+            record.reason = rule.note(node, match)
+            if rule.build is None:
+                record.by = "inductor"
+            else:
+                rewrite(rule, gm.graph, node, match)
 
 
 def rewrite(rule: Rule, graph: torch.fx.Graph, node: torch.fx.Node, match: Any) -> None:

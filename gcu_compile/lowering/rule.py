@@ -28,6 +28,10 @@ def _always(match: Any) -> str | None:
     return None
 
 
+def _nothing(node: torch.fx.Node, match: Any) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rewrite.
@@ -42,6 +46,7 @@ class Rule:
             recognises a chain that is already in the form which Inductor fuses, and leaves it as it is.
         eager: the meaning of the replacement in plain torch.
         guard: match -> reason to refuse, or None.
+        note: (node, match) -> what the report shall say of a place that is fused.
         opt_in: changes numerics; fires only when named in `enable_rules`.
     """
 
@@ -52,6 +57,7 @@ class Rule:
     build: Callable[[torch.fx.Graph, torch.fx.Node, Any], torch.fx.Node] | None
     eager: Callable
     guard: Callable[[Any], str | None] = _always
+    note: Callable[[torch.fx.Node, Any], str] = _nothing
     opt_in: bool = False
 
 

@@ -1,0 +1,119 @@
+"""One spelling of the arithmetic that norms and linear layers are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Graph, Node
+
+from gcu_compile.lowering.match import Bind, Call, Number, Through, arguments_of, find, number_of
+from gcu_compile.lowering.rule import Refusal, Rule, same_size, value_of
+
+aten = torch.ops.aten
+STEP = "canonicalise"
+WIDE = (torch.float32, torch.float64)
+
+
+def _square(node: Node):
+    """pow(x, 2) -> x * x"""
+    return node.args[0] if node.args[1] == 2 and value_of(node).dtype.is_floating_point else None
+
+
+def _build_square(graph: Graph, node: Node, x: Node) -> Node:
+    return graph.call_function(aten.mul.Tensor, (x, x))
+
+
+ROOT = Call(aten.sqrt.default, Bind("x"))
+RSQRT = (
+    Call(aten.reciprocal.default, ROOT)
+    | Call(aten.div.Tensor, Number(value=1), ROOT)
+    | Call(aten.pow.Tensor_Scalar, ROOT, -1)
+    | Call(aten.pow.Tensor_Scalar, Bind("x"), -0.5)
+    | Call(aten.pow.Tensor_Scalar, Call(aten.pow.Tensor_Scalar, Bind("x"), 0.5), -1)
+)
+
+
+def _rsqrt(node: Node):
+    """1 / sqrt(x), x ** -0.5 -> rsqrt(x)"""
+    found = find(RSQRT, node)
+    if found is None or isinstance(found, Refusal):
+        return None
+    if value_of(node).dtype not in WIDE:
+        return Refusal(f"1 / sqrt(x) in {value_of(node).dtype} rounds the root too", near=True)
+    return found["x"]
+
+
+def _build_rsqrt(graph: Graph, node: Node, x: Node) -> Node:
+    return graph.call_function(aten.rsqrt.default, (x,))
+
+
+def _mean(node: Node):
+    """sum(x, dims) / n -> mean(x, dims)"""
+    total, count = node.args
+    if not isinstance(total, Node) or total.target is not aten.sum.dim_IntList or len(total.users) > 1:
+        return None
+    given, x = arguments_of(total), value_of(total.args[0])
+    number = number_of(count)
+    sizes = [x.shape[d] for d in given["dim"] or ()]
+    if number is None or not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    if number != math.prod(sizes):
+        return Refusal(f"the sum is over {math.prod(sizes)} values and divided by {number:g}", near=True)
+    if x.dtype not in WIDE or value_of(total).dtype != x.dtype:
+        return Refusal(f"a sum in {x.dtype} rounds before it is divided", near=True)
+    return total.args[0], given["dim"], given["keepdim"]
+
+
+def _build_mean(graph: Graph, node: Node, found: tuple) -> Node:
+    return graph.call_function(aten.mean.dim, found)
+
+
+VIEW = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+LINEAR = Call(
+    aten.add.Tensor,
+    Through(Call(aten.mm.default, Bind("x"), Bind("weight"), name="product", single_use=True), frozenset(VIEW)),
+    Bind("bias"),
+    name="sum",
+)
+
+
+def _bias_of_mm(node: Node):
+    """mm(x, w) + bias -> addmm(bias, x, w), with or without a view between"""
+    found = find(LINEAR, node, near=3)
+    if found is None or isinstance(found, Refusal):
+        return None
+    product, bias, total = (value_of(found[name]) for name in ("product", "bias", "sum"))
+    if node.kwargs.get("alpha", 1) != 1 or bias.dim() != 1:
+        return None  # a residual, not a bias
+    if not (same_size(bias.shape[0], product.shape[1]) and same_size(total.shape[-1], product.shape[1])):
+        return Refusal(f"the bias has {bias.shape[0]} values for {product.shape[1]} columns", near=True)
+    if not bias.dtype == product.dtype == total.dtype:
+        return Refusal(f"the bias is {bias.dtype}, the product {product.dtype}", near=True)
+    if any(len(one.users) > 1 for one in found.nodes[1:]):
+        return Refusal("the product without the bias is used too", near=True)
+    return found
+
+
+def _build_addmm(graph: Graph, node: Node, found) -> Node:
+    linear = graph.call_function(aten.addmm.default, (found["bias"], found["x"], found["weight"]))
+    rank = value_of(node).dim()
+    if rank == 2:
+        return linear
+    (view,) = (one for one in found.nodes if one.target in VIEW and value_of(one).dim() == rank)
+    return graph.call_function(aten.view.default, (linear, view.args[1]))
+
+
+RULES = (
+    Rule("square", STEP, (aten.pow.Tensor_Scalar,), _square, _build_square, torch.square),
+    Rule(
+        "rsqrt",
+        STEP,
+        (aten.reciprocal.default, aten.div.Tensor, aten.pow.Tensor_Scalar),
+        _rsqrt,
+        _build_rsqrt,
+        torch.rsqrt,
+    ),
+    Rule("mean_of_sum", STEP, (aten.div.Tensor,), _mean, _build_mean, torch.mean),
+    Rule("bias_of_mm", STEP, (aten.add.Tensor,), _bias_of_mm, _build_addmm, torch.addmm),
+)
