@@ -30,7 +30,7 @@ def lowered(fn, *args, symbolic=False, dims=(0, 2), **options):
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         fakes = [faked(mode, arg, dims if symbolic else ()) for arg in args]
         with mode:
-            gm = make_fx(lambda *a: fn(*a), decomposition_table=select_decomp_table())(*fakes)
+            gm = make_fx(torch.func.functionalize(lambda *a: fn(*a)), decomposition_table=select_decomp_table())(*fakes)
     context = Context(resolve(options), "host", GraphReport("host"))
     env = shape_env(gm)
     guards = len(env.guards) if env else 0

@@ -26,6 +26,7 @@ STEP = "elementwise"
 LOOSE = CASTS | COPIES
 MOVES = LOOSE | VIEWS | {aten.permute.default}
 ADD, MUL, DIV = aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor
+ADDS = (ADD, aten.add.Scalar)
 
 
 EPS = Number("eps") | Bind("eps")  # a number, or a scalar that is known at run time only
@@ -37,15 +38,15 @@ def _loose(pattern) -> Through:
 
 # After canonicalisation a square is x * x. The statistics are those of the same x, cast or not.
 _MEAN = Call(aten.mean.dim, _loose(Call(MUL, Bind("x"), Bind("x"))), Anything(), True, name="mean")
-RMS = Call(MUL, _loose(Bind("x")), _loose(Call(aten.rsqrt.default, Call(ADD, _MEAN, EPS)))) | Call(
-    DIV, _loose(Bind("x")), _loose(Call(aten.sqrt.default, Call(ADD, _MEAN, EPS)))
+RMS = Call(MUL, _loose(Bind("x")), _loose(Call(aten.rsqrt.default, Call(ADDS, _MEAN, EPS)))) | Call(
+    DIV, _loose(Bind("x")), _loose(Call(aten.sqrt.default, Call(ADDS, _MEAN, EPS)))
 )
 _MOMENTS = Call(aten.var_mean.correction, Bind("x"), Anything(), name="moments")
 _VAR = Call(operator.getitem, _MOMENTS, 0)
 LAYER = Call(
     MUL,
     Call(aten.sub.Tensor, _loose(Bind("x")), Call(operator.getitem, _MOMENTS, 1)),
-    Call(aten.rsqrt.default, Call(ADD, _VAR, EPS)),
+    Call(aten.rsqrt.default, Call(ADDS, _VAR, EPS)),
 )
 
 

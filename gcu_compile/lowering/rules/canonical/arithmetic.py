@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from gcu_compile.lowering.match import Bind, Call, Number, Through, arguments_of, find, number_of
 from gcu_compile.lowering.rule import Refusal, Rule, same_size, value_of
+from gcu_compile.lowering.rules.canonical.common import fresh, identity, source
 
 aten = torch.ops.aten
 STEP = "canonicalise"
@@ -22,6 +23,16 @@ def _square(node: Node):
 
 def _build_square(graph: Graph, node: Node, x: Node) -> Node:
     return graph.call_function(aten.mul.Tensor, (x, x))
+
+
+def _times_one(node: Node):
+    """mul(x, 1) -> x, where the dtype stays"""
+    x, factor = node.args
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor != 1:
+        return None
+    if value_of(x).dtype != value_of(node).dtype:
+        return Refusal(f"the product is {value_of(node).dtype}", near=True)
+    return fresh(node, x)
 
 
 ROOT = Call(aten.sqrt.default, Bind("x"))
@@ -114,6 +125,7 @@ RULES = (
         _build_rsqrt,
         torch.rsqrt,
     ),
+    Rule("times_one", STEP, (aten.mul.Tensor, aten.mul.Scalar), _times_one, source, identity),
     Rule("mean_of_sum", STEP, (aten.div.Tensor,), _mean, _build_mean, torch.mean),
     Rule("bias_of_mm", STEP, (aten.add.Tensor,), _bias_of_mm, _build_addmm, torch.addmm),
 )
