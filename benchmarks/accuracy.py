@@ -1,7 +1,7 @@
 """What a model says through vLLM and gcu-compile, against transformers.
 
     python benchmarks/accuracy.py greedy MODEL [--json FILE]
-    python benchmarks/accuracy.py perplexity MODEL DOCS.jsonl [--windows N] [--json FILE]
+    python benchmarks/accuracy.py perplexity MODEL DOCS.jsonl [--windows N] [--kv-cache-dtype int8] [--json FILE]
 
 `greedy`: fp32, 16 prompts x 64 tokens, token for token, at batch 1 and 16, prefix caching and chunked prefill on and
 off. `perplexity`: bf16 on windows of 1024 tokens of the documents' text; DOCS.jsonl has a text field per line.
@@ -83,7 +83,10 @@ def transformers_logprobs(model: str, batches: list[list[int]]) -> list[float]:
 def vllm_logprobs(request: dict) -> list[float]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(request["model"], dtype="bfloat16", max_model_len=WINDOW + 8, kv_cache_memory_bytes=1 << 30)
+    kind = request["kv_cache_dtype"]
+    llm = LLM(
+        request["model"], dtype="bfloat16", max_model_len=WINDOW + 8, kv_cache_memory_bytes=1 << 30, kv_cache_dtype=kind
+    )
     given = [{"prompt_token_ids": ids} for ids in request["windows"]]
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     outputs = llm.generate(given, sampling, use_tqdm=False)
@@ -133,11 +136,12 @@ def greedy(model: str) -> list[dict]:
     return results
 
 
-def perplexity(model: str, docs: str, count: int) -> dict:
+def perplexity(model: str, docs: str, count: int, kind: str) -> dict:
     batches = windows(model, docs, count)
     theirs = transformers_logprobs(model, batches)
     with tempfile.TemporaryDirectory() as cache:
-        ours = in_child("logprobs", {"model": model, "windows": batches}, Path(cache))
+        request = {"model": model, "windows": batches, "kv_cache_dtype": kind}
+        ours = in_child("logprobs", request, Path(cache))
     a, b = (math.exp(-sum(values) / len(values)) for values in (ours, theirs))
     difference = sum(abs(x - y) for x, y in zip(ours, theirs, strict=True)) / len(ours)
     result = {"tokens": len(ours), "ours": a, "transformers": b, "ratio": a / b}
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("docs", nargs="?")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of our engine: auto or int8")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.task == "greedy":
@@ -161,7 +166,7 @@ def main() -> None:
     elif arguments.docs is None:
         parser.error("perplexity needs DOCS.jsonl")
     else:
-        result = perplexity(arguments.model, arguments.docs, arguments.windows)
+        result = perplexity(arguments.model, arguments.docs, arguments.windows, arguments.kv_cache_dtype)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
 

@@ -31,6 +31,8 @@ MULTI_STEP_NAMES = {
     "num_scheduler_steps": ("None", "0", "1"),
     "multi_step_stream_outputs": ("None", "0", "False", "false"),
 }
+# Names of KV cache dtypes beyond vLLM's, and what vLLM calls them: int8 has a scale per token and head.
+KV_CACHE_DTYPES = {"int8": "int8_per_token_head"}
 # (7) The inputs of a failed step are not dumped.
 DUMP_ON_ERROR = False
 
@@ -67,6 +69,8 @@ def edit_engine_args(kwargs: dict[str, Any]) -> None:
     kwargs.setdefault("disable_log_stats", not (LOG_STATS or resolve().log_stats))
     if kwargs.get("async_scheduling") is None:
         kwargs["async_scheduling"] = ASYNC_SCHEDULING
+    if kwargs.get("kv_cache_dtype") in KV_CACHE_DTYPES:
+        kwargs["kv_cache_dtype"] = KV_CACHE_DTYPES[kwargs["kv_cache_dtype"]]
     refuse_multi_step(kwargs)
     for name in MULTI_STEP_NAMES:
         kwargs.pop(name, None)
@@ -101,7 +105,10 @@ def no_dump(config: Any, scheduler_output: Any, scheduler_stats: Any) -> None:
 
 
 def extend_parser(parser: Any) -> None:
-    """The command line's side of behaviours 1 and 6."""
+    """The command line's side of behaviours 1 and 6, and of the KV cache dtypes."""
+    for action in parser._actions:
+        if action.dest == "kv_cache_dtype" and action.choices is not None:
+            action.choices = [*action.choices, *(name for name in KV_CACHE_DTYPES if name not in action.choices)]
     known = {option for action in parser._actions for option in action.option_strings}
     if "--enable-log-stats" not in known:
         parser.add_argument(

@@ -14,6 +14,9 @@ from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
 from vllm_integration import behaviours, compilation
 
+# Name and class of our attention backend.
+ATTENTION = ("GCU_ATTN", "vllm_integration.attention.GcuAttentionBackend")
+
 
 class GcuHostPlatform(CpuPlatform):
     """Target `host` in vLLM. The graph is compiled in pieces, split at attention and at the KV write: layers are
@@ -29,6 +32,19 @@ class GcuHostPlatform(CpuPlatform):
     @classmethod
     def get_pass_manager_cls(cls) -> str:
         return "vllm_integration.compiler.GcuPassManager"
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
+        """Our backend; vLLM's own where the user names it, for MLA, and for fp8 caches, which ours does not read."""
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        if not hasattr(AttentionBackendEnum, ATTENTION[0]):
+            register_backend(*ATTENTION)
+        asked = attn_selector_config
+        stock = selected_backend is not None and selected_backend.name != ATTENTION[0]
+        if stock or asked.use_mla or asked.use_sparse or (asked.kv_cache_dtype or "").startswith("fp8"):
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        return ATTENTION[1]
 
     @classmethod
     def pre_register_and_update(cls, parser=None) -> None:

@@ -1,0 +1,67 @@
+"""Runs several models through vLLM in one process: `python several.py requests.json replies.json`.
+
+Each request holds `llm`, `prompts` and `sampling`; each reply holds tokens, the log-probabilities of the prompts'
+tokens, and which implementation ran how often. One process imports vLLM once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(folder: Path, requests: list[dict], timeout: float = 600, **environ: str) -> list[dict]:
+    """The replies of a fresh process; raises with its output if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "requests.json").write_text(json.dumps(requests))
+    env = {
+        **os.environ,
+        "VLLM_CACHE_ROOT": str(folder / "vllm_cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        **environ,
+    }
+    words = [sys.executable, __file__, str(folder / "requests.json"), str(folder / "replies.json")]
+    process = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout)
+    if process.returncode:
+        raise AssertionError((process.stdout + process.stderr)[-8000:])
+    return json.loads((folder / "replies.json").read_text())
+
+
+def calls(worker) -> dict:
+    """Operation/implementation -> calls in this worker, and why an operation ran as plain torch."""
+    from gcu_compile.kernels import registry
+
+    found = {"/".join(key): count for key, count in registry.calls.items()}
+    return {"calls": found, "fallbacks": ["/".join(key) for key in registry.fallbacks]}
+
+
+def answer(request: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**request["llm"])
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+    logprobs = [
+        [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+        for o in outputs
+        if o.prompt_logprobs
+    ]
+    reply = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "logprobs": logprobs}
+    (reply["worker"],) = llm.collective_rpc(calls)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return reply
+
+
+def main(requests: str, replies: str) -> None:
+    Path(replies).write_text(json.dumps([answer(request) for request in json.loads(Path(requests).read_text())]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Our attention backend in a running engine: models of each kind of attention say what transformers' eager says."""
+
+import random
+
+import pytest
+import torch
+from several import run
+
+pytestmark = pytest.mark.vllm
+VOCABULARY, TOKENS = 272, 12
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GQA = {**SIZES, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 256}
+MODELS = {
+    "full attention": ("LlamaConfig", GQA),
+    "sliding window": ("MistralConfig", {**GQA, "sliding_window": 16}),
+    "soft cap, window in every second layer": (
+        "Gemma2Config",
+        {**GQA, "head_dim": 32, "sliding_window": 16, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32},
+    ),
+    "ALiBi": ("BloomConfig", {**SIZES, "n_head": 4, "n_layer": 2}),
+    "norm of q and k": ("Qwen3Config", {**GQA, "head_dim": 32}),
+}
+# What a reply's log-probabilities may differ by: fp32 caches exactly as transformers; int8 by its rounding.
+LIMITS = {"auto": 1e-4, "int8": 0.25}
+ASKED = [*((name, "auto") for name in MODELS), ("full attention", "int8"), ("sliding window", "int8")]
+
+
+def prompts():
+    source = random.Random(0)
+    shared = [source.randrange(VOCABULARY) for _ in range(32)]  # two blocks that prefix caching can reuse
+    lengths = (1, 3, 17, 40, 57)
+    return [[*(shared if n > 33 else []), *(source.randrange(VOCABULARY) for _ in range(n))] for n in lengths]
+
+
+def save(folder, kind, settings):
+    """A random model in fp32 with weights large enough that its logits are far apart."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def expected(folder):
+    """Log-probabilities of the prompts' tokens and the greedy continuation, one prompt at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for module in model.modules():
+        if hasattr(module, "gelu_impl"):  # vLLM's Bloom computes GELU by erf, transformers' by a tanh formula
+            module.gelu_impl = torch.nn.GELU()
+    tokens, logprobs = [], []
+    with torch.no_grad():
+        for prompt in prompts():
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+            tokens.append(out[0, len(prompt) :].tolist())
+            scores = model(ids).logits[0, :-1].log_softmax(-1)
+            logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return {"tokens": tokens, "logprobs": logprobs}
+
+
+@pytest.fixture(scope="module")
+def replies(tmp_path_factory):
+    """(model, KV dtype) -> reply. Prompts are cut into chunks of 24 tokens, and their first blocks are shared."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {name: save(folder / str(i), *what) for i, (name, what) in enumerate(MODELS.items())}
+    llm = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+        "dtype": "float32",
+        "block_size": 16,
+        "enforce_eager": True,
+    }
+    sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
+    llm["distributed_executor_backend"] = "uni"  # one process: an engine starts in seconds
+    requests = [
+        {"llm": {**llm, "model": str(models[name]), "kv_cache_dtype": kind}, "prompts": prompts(), "sampling": sampling}
+        for name, kind in ASKED
+    ]
+    found = run(folder / "run", requests, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    found = dict(zip(ASKED, found, strict=True))
+    return found | {name: expected(model) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_greedy_tokens_equal_transformers(replies, model):
+    assert replies[model, "auto"]["tokens"] == replies[model]["tokens"]
+
+
+@pytest.mark.parametrize(("model", "kind"), ASKED)
+def test_log_probabilities_equal_transformers(replies, model, kind):
+    pairs = zip(replies[model, kind]["logprobs"], replies[model]["logprobs"], strict=True)
+    assert max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) < LIMITS[kind]
+
+
+@pytest.mark.parametrize(("model", "kind"), ASKED)
+def test_our_kernels_ran(replies, model, kind):
+    worker = replies[model, kind]["worker"]
+    assert worker["fallbacks"] == []
+    for op in ("paged_attention", "write_kv"):
+        assert worker["calls"][f"{op}/host_cpp"] > 0
