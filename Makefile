@@ -1,5 +1,6 @@
-# make demo | make test | make lint | make clean
+# make demo | make test | make test-card-stack | make lint | make clean
 #
+#   CARD_VENV    where the environment of a card's software stack goes (default .venv-card; several GB)
 #   VENV         where the environment goes (default .venv)
 #   PYTHON       the Python 3.11 to build it with
 #   TORCH_INDEX  address of the PyTorch project's CPU wheel index, for machines whose own index
@@ -15,7 +16,7 @@ ifdef TORCH_INDEX
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: demo test lint clean preflight install
+.PHONY: demo test test-card-stack lint clean preflight install
 
 demo: install
 	$(VENV)/bin/gcu-compile demo-model
@@ -23,6 +24,20 @@ demo: install
 
 test: install
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The versions that a card has today, and what of the tests applies there: the emulated card, kernels, legality, vLLM.
+CARD_VENV ?= .venv-card
+CARD_PIP = $(CARD_VENV)/bin/python -m pip --disable-pip-version-check
+CARD_TESTS = tests/emulator tests/targets tests/vllm/test_gcu.py
+
+test-card-stack: preflight $(CARD_VENV)/.installed
+	$(CARD_VENV)/bin/python -m pytest $(CARD_TESTS) $(PYTEST_ARGS)
+
+$(CARD_VENV)/.installed: requirements/card.lock pyproject.toml
+	[ -x $(CARD_VENV)/bin/python ] || $(PYTHON) -m venv $(CARD_VENV)
+	$(CARD_PIP) install --quiet --no-deps -r requirements/card.lock
+	$(CARD_PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -187,6 +187,11 @@ class GcuPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
+        if not EMULATED:
+            raise UnsupportedFeatureError(
+                "there is no attention backend for a real GCU yet (docs/gcu-bring-up.md). Use target host, or emulate "
+                "a card (GCU_COMPILE_EMULATE=gcu300)."
+            )
         return "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 
     @classmethod
