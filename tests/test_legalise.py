@@ -7,6 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.attention)
 from gcu_compile.kernels.tolerance import tolerance
+from gcu_compile.lowering import source_hashes
 from gcu_compile.lowering.context import Context
 from gcu_compile.lowering.legalise import FALLBACK, legalise
 from gcu_compile.lowering.pipeline import lower
@@ -158,6 +159,10 @@ def test_attention_whose_float32_is_used_stays(function):
     kept = [str(node.args) for node in attention]
     changed = sum(a != b for a, b in zip(before, kept, strict=True))
     assert changed == counts.get("attention_kept_dtype", 0) == (len(attention) - 1)
+
+
+def test_the_step_and_code_generation_are_in_the_cache_key():
+    assert {"lowering/legalise.py", "codegen/kernel_private.py", "codegen/tiling.py"} <= set(source_hashes())
 
 
 @pytest.mark.parametrize(("target", "runs"), [("host", False), ("cuda", False), ("gcu300", True), ("gcu400", True)])

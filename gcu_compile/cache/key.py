@@ -3,7 +3,7 @@
     package, torch, triton          versions
     target, target_profile          what is compiled for, and the facts known of it
     options                         those that change code
-    sources                         every source file of lowering and kernels, by its hash
+    sources                         every source file of lowering, kernels and code generation, by its hash
     inductor                        Inductor's own settings that differ from its defaults
     graph, inputs, mode             the Dynamo graph, its inputs' metadata, gradient and autocast mode
 

@@ -29,7 +29,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from gcu_compile.codegen.analysis_private import plain
 from gcu_compile.codegen.overrides_private import GcuOverrides
-from gcu_compile.codegen.reduction_private import Reductions
+from gcu_compile.codegen.reduction_private import Reductions, block_name, mask_name
 from gcu_compile.codegen.tiling import Tiling
 
 NUM_STAGES = 3
@@ -108,7 +108,7 @@ class GcuKernel(Reductions, TritonKernel):
         if tree.tensor_dim is None:
             return ()
         shape = ["1"] * self.triton_tensor_ndim()
-        shape[tree.tensor_dim] = tree.block_size_str()
+        shape[tree.tensor_dim] = block_name(tree)
         return tuple(shape)
 
     def varies(self, entry: Any) -> bool:
@@ -155,9 +155,9 @@ class GcuKernel(Reductions, TritonKernel):
             code.writeline(f"{p}row = {p}tile // {self.text(per_row)}")
             offset = f"({p}tile % {self.text(per_row)}) * {block} + "
         size = self.indexing_size_str(entry.tensor_dim) if self.triton_tensor_ndim() > 1 else ""
-        code.writeline(f"{p}lane = {offset}tl.arange(0, {entry.block_size_str()}){size}")
+        code.writeline(f"{p}lane = {offset}tl.arange(0, {block_name(entry)}){size}")
         if not self._has_constant_mask(entry):
-            code.writeline(f"{entry.mask_name()} = {p}lane < {self.text(lane)}")
+            code.writeline(f"{mask_name(entry)} = {p}lane < {self.text(lane)}")
         if V.graph.sizevars.statically_known_equals(lane, entry.numel):
             code.writeline(f"{entry.name} = {p}lane")
         else:
@@ -213,7 +213,7 @@ class GcuKernel(Reductions, TritonKernel):
                 reduced = reduced or entry.root.is_reduction
                 if self.varies(entry):
                     shape = get_broadcasted_shape(shape, self.lane_shape(entry.root))
-                    masks.add(entry.root.mask_name())
+                    masks.add(mask_name(entry.root))
             elif symbol_is_type(symbol, SymT.TMP):
                 loaded = self.cse.varname_map[symbol.name]
                 shape = get_broadcasted_shape(shape, tuple(loaded.shape))
@@ -338,4 +338,4 @@ class GcuKernel(Reductions, TritonKernel):
         """Sizes are written where they are used; only a persistent reduction's block is a name without argument."""
         for tree in self.range_trees:
             if tree.is_reduction and self.persistent_reduction and tree.tensor_dim is not None:
-                code.writeline(f"{tree.block_size_str()}: tl.constexpr = {self.block(tree)}")
+                code.writeline(f"{block_name(tree)}: tl.constexpr = {self.block(tree)}")

@@ -14,6 +14,16 @@ from torch._inductor.codegen.simd import constant_repr
 from torch._inductor.codegen.triton import triton_acc_type, upcast_acc_dtype
 from torch._inductor.virtualized import _ops as ops
 
+def block_name(tree: Any) -> str:
+    """The constexpr argument that holds a tree's block size; torch 2.11 has no method for it."""
+    return f"{tree.prefix.upper()}BLOCK"
+
+
+def mask_name(tree: Any) -> str:
+    """The variable that bounds a tree's lanes."""
+    return f"{tree.prefix}mask"
+
+
 FUNCTIONS = {"sum": "tl.sum", "max": "tl.max", "min": "tl.min", "any": "tl.max", "prod": "triton_helpers.prod"}
 LIMITS = {"max": "-inf", "min": "inf"}
 
@@ -53,7 +63,7 @@ class Reductions:
         return tuple(shape) if len(shape) > (tree.tensor_dim is not None) else ()
 
     def _condition(self) -> str:
-        masks = [] if self._has_constant_mask(self._tree()) else [self._tree().mask_name()]
+        masks = [] if self._has_constant_mask(self._tree()) else [mask_name(self._tree())]
         if self._load_mask is not None:
             masks.append(str(self._load_mask))
         return " & ".join(masks)
@@ -84,7 +94,7 @@ class Reductions:
     def _new(self, dtype: torch.dtype) -> Any:
         result = self.cse.newvar(dtype=dtype, shape=self._result_shape())
         result.mask_vars = type(result.mask_vars)(
-            tree.mask_name()
+            mask_name(tree)
             for tree in self.range_trees
             if not tree.is_reduction and tree.tensor_dim is not None and not self._has_constant_mask(tree)
         )

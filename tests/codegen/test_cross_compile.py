@@ -71,6 +71,32 @@ def test_the_report_holds_sources_ttir_lowering_and_costs(smollm):
     assert "rules fired: noop_view" in printed and "Inductor's own scheduling" in printed
 
 
+def by_hand(layers, context, totals):
+    """Milliseconds of Llama-2-7B's decode step, bf16, one sequence: docs/gcu-cost-model.md."""
+    weights = layers * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    cache = layers * 2 * context * 4096
+    launches = totals["kernel_launches"] + totals["calls"]
+    return 2 * (weights + cache) / 672e9 * 1e3 + launches * 30e-3
+
+
+def decode_of_llama(folder, *words):
+    given = ["--tokens", "512", "--graphs", "decode", "--json", "all.json", *words]
+    result = run(folder, configs.CONFIGS["Llama-2-7B"], *given)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "all.json").read_text())["graphs"]["decode"]["totals"]
+
+
+def test_decode_takes_its_bytes_and_its_launches(tmp_path):
+    totals = decode_of_llama(tmp_path, "--layers", "2")
+    assert totals["microseconds"] / 1e3 == pytest.approx(by_hand(2, 512, totals), rel=0.15)
+
+
+@pytest.mark.slow
+def test_decode_of_all_layers_takes_its_bytes_and_its_launches(tmp_path):
+    totals = decode_of_llama(tmp_path)
+    assert totals["microseconds"] / 1e3 == pytest.approx(by_hand(32, 512, totals), rel=0.15)
+
+
 def test_four_bit_weights_are_one_operation_each(tmp_path):
     config = configs.CONFIGS["Llama-2-7B"]
     words = ["--layers", "1", "--tokens", "64", "--weights", "w4a16", "--graphs", "decode", "--json", "all.json"]
