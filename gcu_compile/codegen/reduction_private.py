@@ -14,6 +14,7 @@ from torch._inductor.codegen.simd import constant_repr
 from torch._inductor.codegen.triton import triton_acc_type, upcast_acc_dtype
 from torch._inductor.virtualized import _ops as ops
 
+
 def block_name(tree: Any) -> str:
     """The constexpr argument that holds a tree's block size; torch 2.11 has no method for it."""
     return f"{tree.prefix.upper()}BLOCK"
