@@ -10,7 +10,7 @@ from gcu_compile.kernels import triton as package
 from gcu_compile.kernels.triton.configs import _table, configs
 from gcu_compile.targets.legality import Specimen, check_kernel
 from gcu_compile.targets.profile import load_profile
-from gcu_compile.targets.triton_private import compile_for_cuda, is_kernel
+from gcu_compile.targets.triton_private import compile_for_cuda, compile_ttir, is_kernel
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name.endswith("_kernel"))
 # Share of a kernel's bytes, per pass over its tiles, that move as DMA slices unless its file's GATHERS says why not.
@@ -68,6 +68,15 @@ def test_every_kernel_has_a_specimen(name):
     kernels = {k for k in vars(module(name)).values() if is_kernel(k) and k.__name__.endswith("_kernel")}
     assert kernels
     assert kernels <= {entry["kernel"] for entry in module(name).LEGALITY_SPECIMENS}
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_sizes_of_one_are_compiled_into_the_kernel_without_64_bits(name):
+    """Triton makes a constant of an integer argument that is 1; some kernels fail to compile then, or widen."""
+    entry = SPECIMENS[name]
+    sizes = {argument: 1 for argument, kind in entry["signature"].items() if kind == "i32"}
+    others = {argument: kind for argument, kind in entry["signature"].items() if argument not in sizes}
+    assert "i64" not in compile_ttir(entry["kernel"], others, entry["constexprs"] | sizes)
 
 
 def first_of_each_kernel():
