@@ -139,3 +139,16 @@ def test_seconds_of_a_hit_count_once(tmp_path):
     report = watch.explanation(options)
     assert [one["state"] for one in report.cache] == ["miss", "hit"]
     assert report.seconds == backend.recordings[-2].seconds and report.seconds["total"] > 0
+
+
+def test_a_way_that_is_not_here_is_named(tmp_path, monkeypatch):
+    import sys
+
+    from gcu_compile.cli import explain as command
+    from gcu_compile.errors import TargetUnavailableError
+
+    with pytest.raises(UnknownNameError, match="Did you mean 'vllm'"):
+        command.explain("anything", through="vlm")
+    monkeypatch.setitem(sys.modules, "vllm_integration.explain", None)
+    with pytest.raises(TargetUnavailableError, match="needs vLLM"):
+        command.engine()
