@@ -118,3 +118,9 @@ def test_quantised_products():
     eight = layouts.pack(codes % 256 - 128, layouts.get("int8_columns"))
     compare("int8_gemm", [x, eight, scales[:1]], {"layout": "int8_columns"}, exact=True)
     compare("quantize_per_token", [x, 32, False], exact=True)
+
+
+@on_card("gcu400")
+def test_the_tiles_of_gcu400_too():
+    for test in (test_sample_alone_and_shared, test_paged_attention, test_attention, test_quantised_products):
+        test.__wrapped__()

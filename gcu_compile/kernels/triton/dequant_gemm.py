@@ -121,9 +121,8 @@ def table(zeros: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
     """Zero points as 32-bit numbers of the scales' shape."""
     if zeros is None:
         return None
-    wide = (
-        zeros
-        if zeros.is_floating_point() and zeros.dtype != torch.float64
-        else zeros.to(torch.float32 if zeros.is_floating_point() else torch.int32)
-    )
-    return wide.expand(shape).contiguous()
+    if not zeros.is_floating_point():
+        zeros = zeros.to(torch.int32)
+    elif zeros.dtype == torch.float64:
+        zeros = zeros.to(torch.float32)
+    return zeros.expand(shape).contiguous()

@@ -70,21 +70,21 @@ def test_every_kernel_has_a_specimen(name):
     assert kernels <= {entry["kernel"] for entry in module(name).LEGALITY_SPECIMENS}
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
-def test_sizes_of_one_are_compiled_into_the_kernel_without_64_bits(name):
-    """Triton makes a constant of an integer argument that is 1; some kernels fail to compile then, or widen."""
-    entry = SPECIMENS[name]
-    sizes = {argument: 1 for argument, kind in entry["signature"].items() if kind == "i32"}
-    others = {argument: kind for argument, kind in entry["signature"].items() if argument not in sizes}
-    assert "i64" not in compile_ttir(entry["kernel"], others, entry["constexprs"] | sizes)
-
-
 def first_of_each_kernel():
-    """ptxas takes seconds: by default the first specimen of each kernel, with --slow all of them."""
+    """Compilers take seconds: by default the first specimen of each kernel, with --slow all of them."""
     seen = set()
     for name, entry in (SPECIMENS | OTHERS).items():
         yield pytest.param(name, marks=[pytest.mark.slow] if entry["kernel"] in seen and name not in OTHERS else [])
         seen.add(entry["kernel"])
+
+
+@pytest.mark.parametrize("name", first_of_each_kernel())
+def test_sizes_of_one_are_compiled_into_the_kernel_without_64_bits(name):
+    """Triton makes a constant of an integer argument that is 1; some kernels fail to compile then, or widen."""
+    entry = (SPECIMENS | OTHERS)[name]
+    sizes = {argument: 1 for argument, kind in entry["signature"].items() if kind == "i32"}
+    others = {argument: kind for argument, kind in entry["signature"].items() if argument not in sizes}
+    assert "i64" not in compile_ttir(entry["kernel"], others, entry["constexprs"] | sizes)
 
 
 @pytest.mark.parametrize("name", first_of_each_kernel())
