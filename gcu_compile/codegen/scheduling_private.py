@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
 from torch._inductor.codegen.common import BackendFeature
 from torch._inductor.codegen.simd import NodeScheduleMarker
 from torch._inductor.codegen.triton import TritonScheduling
@@ -19,6 +20,7 @@ from gcu_compile.codegen import tiling
 from gcu_compile.codegen.analysis_private import Chain, chain, hint, patterns
 from gcu_compile.codegen.device import current
 from gcu_compile.codegen.kernel_private import GcuKernel
+from gcu_compile.errors import LegalityError
 
 
 class GcuScheduling(TritonScheduling):
@@ -65,6 +67,12 @@ class GcuScheduling(TritonScheduling):
     def create_kernel_choices(self, kernel_features: Any, kernel_args: Any, kernel_kwargs: Any) -> list[GcuKernel]:
         """The one kernel, with its tiling."""
         numel, rnumel = kernel_features.numel, kernel_features.reduction_numel
+        if kernel_features.select_index_dtype() == torch.int64:
+            names = ", ".join(sorted(kernel_features.buf_accesses()))
+            raise LegalityError(
+                f"a kernel over {hint(numel * rnumel)} elements (buffers {names}) needs 64-bit offsets, which crash "
+                "the card's compiler. Use a smaller batch or fewer tokens at a time: no tensor may have 2**31 elements."
+            )
         nodes = list(NodeScheduleMarker.only_nodes(kernel_features.node_schedule))
         sizes, lengths, plan = plan_of(nodes, numel, rnumel)
         kwargs = {name: value for name, value in kernel_kwargs.items() if name in ("features", "tiling_scores")}

@@ -71,6 +71,11 @@ def test_what_the_card_is_slow_at_stays_a_call(checked, name):
     assert VENDOR[name] in checked[name]["calls"]
 
 
+def test_a_tensor_beyond_32_bit_offsets_is_refused_and_never_wrapped(checked):
+    error = checked["too_large"]["error"]
+    assert "LegalityError" in error and "2800000000 elements" in error and "smaller batch" in error
+
+
 def test_a_scan_stays_a_call(checked):
     assert "aten.cumsum.default" in checked["largest"]["calls"]
 
