@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
+import gcu_compile.backend  # noqa: F401  (defines torch.ops.gcu.*)
 from gcu_compile.errors import InvariantViolation
 from gcu_compile.lowering import invariants
 
@@ -50,3 +51,74 @@ def test_inv_4_outputs_keep_their_metadata(wrong):
     y.meta["val"] = wrong
     with pytest.raises(InvariantViolation, match="INV-4"):
         invariants.check(gm, "step", before)
+
+
+def made(graph, mode, before, target, args, value, **kept):
+    """A node that rule `planted` made in the place of one that had provenance."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    node.meta["val"] = value
+    replaced = graph.call_function(torch.ops.aten.sin.default, args[:1])
+    replaced.meta["stack_trace"] = "model.py"
+    node.meta[invariants.RULE] = invariants.MadeBy.of("planted", replaced)
+    node.meta.update(kept)
+    graph.erase_node(replaced)
+    return node
+
+
+def planted(target, *shapes_and_devices, **kept):
+    """A graph with one node that a rule made of inputs on these devices."""
+    graph, mode = Graph(), FakeTensorMode()
+    inputs = [graph.placeholder(f"x{i}") for i in range(len(shapes_and_devices))]
+    with mode:
+        for node, (shape, device) in zip(inputs, shapes_and_devices, strict=True):
+            node.meta["val"] = torch.empty(shape, device=device)
+        value = torch.empty(shapes_and_devices[0][0])
+    output = graph.output((inputs[0],))
+    made(graph, mode, output, target, tuple(inputs), value, **kept)
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def violation(gm, step="step"):
+    with pytest.raises(InvariantViolation) as found:
+        invariants.check(gm, step, invariants.signature(gm))
+    return str(found.value)
+
+
+def test_inv_3_fake_equals_the_meaning():
+    shape = (1, 2, 3, 4)
+    gm = planted(torch.ops.gcu.attention.default, (shape, "cpu"), (shape, "cpu"), (shape, "cpu"), stack_trace="m.py")
+    (node,) = (n for n in gm.graph.nodes if n.op == "call_function")
+    node.kwargs = {"scale": 1.0}
+    invariants.check(gm, "step", invariants.signature(gm))
+    node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+    assert "INV-3: node attention_default (made by rule planted): fake" in violation(gm)
+
+
+def test_inv_5_functional():
+    gm = planted(torch.ops.aten.add_.Tensor, ((2, 3), "cpu"), ((2, 3), "cpu"), stack_trace="model.py")
+    assert violation(gm) == "[after step] INV-5: node add__tensor (made by rule planted) writes into its arguments"
+
+
+def test_inv_6_one_device():
+    shape = (1, 2, 3, 4)
+    gm = planted(
+        torch.ops.gcu.attention.default, (shape, "cpu"), (shape, "meta"), (shape, "cpu"), stack_trace="model.py"
+    )
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.kwargs = {"scale": 1.0}
+    assert "INV-6: node attention_default (made by rule planted) gets tensors of ['cpu', 'meta']" in violation(gm)
+
+
+def test_inv_7_no_64_bit_for_the_card():
+    gm = planted(torch.ops.aten.sin.default, ((2, 3), "cpu"), stack_trace="model.py")
+    (node,) = (n for n in gm.graph.nodes if n.op == "call_function")
+    node.meta["val"] = node.meta["val"].to(torch.float64)
+    assert "INV-7: node sin_default (made by rule planted) is torch.float64" in violation(gm, "legalise")
+    invariants.check(gm, "attention", invariants.signature(gm))
+
+
+def test_inv_8_provenance():
+    gm = planted(torch.ops.aten.sin.default, ((2, 3), "cpu"))
+    assert "INV-8: node sin_default (made by rule planted) has lost where it comes from" in violation(gm)

@@ -1,18 +1,52 @@
-"""What must hold of the graph after every step. A violation is a bug of ours; it names step and node.
+"""What must hold of the graph after every step. A violation is a bug of ours; it names step, node and rule.
 
 INV-1  The graph is well formed: topological order, no dangling user, an output.
 INV-2  A node that computes a tensor has a fake value in `meta["val"]`.
 INV-3  A fused operation's fake equals the fake of its eager meaning: shape, dtype, device.
 INV-4  The graph's outputs keep the metadata that they had before the step.
+INV-5  The graph stays functional: a node that a rule made writes into none of its arguments.
+INV-6  The tensors that a fused operation gets are on one device; a scalar may stay on the CPU.
+INV-7  After step legalise no 64-bit tensor is left for generated code.
+INV-8  A node that a rule made has the module and the source line of what it replaced.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 
 from gcu_compile.errors import InvariantViolation
 from gcu_compile.kernels import registry
+from gcu_compile.lowering.legalise import FALLBACK
 from gcu_compile.lowering.rule import value_of
+
+RULE = "gcu_rule"  # of a node that a rule made: a `MadeBy`
+
+
+class MadeBy(str):
+    """The name of the rule that made a node, and what was known of the node that it replaced."""
+
+    replaced_writes: bool = False
+    replaced_traced: bool = False
+
+    @staticmethod
+    def of(rule: str, replaced: torch.fx.Node) -> MadeBy:
+        """For a node that `rule` puts in the place of `replaced`."""
+        made = MadeBy(rule)
+        made.replaced_writes, made.replaced_traced = writes(replaced), traced(replaced)
+        return made
+
+
+def writes(node: torch.fx.Node) -> bool:
+    """Whether the operation writes into an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def traced(node: torch.fx.Node) -> bool:
+    """Whether it is known where in the model the node comes from."""
+    return bool(node.meta.get("nn_module_stack") or node.meta.get("stack_trace"))
 
 
 def signature(gm: torch.fx.GraphModule) -> list:
@@ -42,12 +76,38 @@ def check(gm: torch.fx.GraphModule, step: str, before: list) -> None:
         if node.op != "call_function":
             continue
         if isinstance(node.target, torch._ops.OpOverload) and "val" not in node.meta and node.users:
-            raise InvariantViolation(f"[after {step}] INV-2: node {node.name} has no fake value")
+            raise InvariantViolation(f"[after {step}] INV-2: {named(node)} has no fake value")
+        if RULE in node.meta:
+            _made_well(node, step)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "gcu":
             _same_fake(node, step)
+        if step == "legalise":
+            _fits_the_card(node, step)
     after = signature(gm)
     if before != after:
         raise InvariantViolation(f"[after {step}] INV-4: outputs were {before}, are {after}")
+
+
+def _made_well(node: torch.fx.Node, step: str) -> None:
+    if writes(node) and not node.meta[RULE].replaced_writes:
+        raise InvariantViolation(f"[after {step}] INV-5: {named(node)} writes into its arguments")
+    devices = {v.device for n in node.all_input_nodes if isinstance(v := value_of(n), torch.Tensor) and v.dim()}
+    if getattr(node.target, "namespace", "") == "gcu" and len(devices) > 1:
+        raise InvariantViolation(f"[after {step}] INV-6: {named(node)} gets tensors of {sorted(map(str, devices))}")
+    if node.meta[RULE].replaced_traced and not traced(node):
+        raise InvariantViolation(f"[after {step}] INV-8: {named(node)} has lost where it comes from")
+
+
+def _fits_the_card(node: torch.fx.Node, step: str) -> None:
+    wide = isinstance(v := value_of(node), torch.Tensor) and v.dtype in (torch.int64, torch.float64)
+    if wide and not node.meta.get(FALLBACK) and node.target is not operator.getitem:
+        raise InvariantViolation(f"[after {step}] INV-7: {named(node)} is {v.dtype} and not left to the vendor")
+
+
+def named(node: torch.fx.Node) -> str:
+    """The node, and the rule that made it."""
+    rule = node.meta.get(RULE)
+    return f"node {node.name}" + (f" (made by rule {rule})" if rule else "")
 
 
 def _same_fake(node: torch.fx.Node, step: str) -> None:
@@ -65,5 +125,5 @@ def _same_fake(node: torch.fx.Node, step: str) -> None:
     for expected, actual in pairs:
         if _metadata(expected) != _metadata(actual):
             raise InvariantViolation(
-                f"[after {step}] INV-3: node {node.name}: fake {_metadata(actual)}, meaning {_metadata(expected)}"
+                f"[after {step}] INV-3: {named(node)}: fake {_metadata(actual)}, meaning {_metadata(expected)}"
             )

@@ -115,7 +115,7 @@ def rewrite(rule: Rule, graph: torch.fx.Graph, node: torch.fx.Node, match: Any) 
     for one in made:
         inherit(one, node)
     if new in made:  # a canonical form may be a node that was there
-        new.meta.setdefault("gcu_rule", rule.name)
+        new.meta.setdefault(invariants.RULE, invariants.MadeBy.of(rule.name, node))
     fakes.fill(made)
     fakes.replace(node, new)
     graph.erase_node(node)
