@@ -4,6 +4,8 @@ import importlib.util
 
 HOST_PLATFORM = "vllm_integration.platform.GcuHostPlatform"
 GCU_PLATFORM = "vllm_integration.gcu_platform.GcuPlatform"
+# Name and class of our attention backend.
+ATTENTION = ("GCU_ATTN", "vllm_integration.attention.GcuAttentionBackend")
 
 
 def platform_plugin() -> str:

@@ -16,7 +16,7 @@ from gcu_compile.errors import UnsupportedFeatureError
 from gcu_compile.options import resolve
 from gcu_compile.targets import emulator
 from gcu_compile.targets.select import gcu_target
-from vllm_integration import behaviours, compilation
+from vllm_integration import ATTENTION, behaviours, compilation
 
 KV_BLOCK_SIZE = 64
 EMULATED = bool(resolve().emulate)
@@ -87,6 +87,11 @@ class GcuPlatform(Platform):
         refuse_what_has_no_kernels(vllm_config)
         if not cache.user_specified_block_size:
             cache.block_size = KV_BLOCK_SIZE
+        if cache.cache_dtype.startswith("fp8") and not cls.supports_fp8():
+            behaviours.log.warning(
+                "gcu300 has no fp8: the KV cache is int8, a scale per token and head, instead of %s.", cache.cache_dtype
+            )
+            cache.cache_dtype = behaviours.KV_CACHE_DTYPES["int8"]
         config = vllm_config.compilation_config
         if config.cudagraph_mode != CUDAGraphMode.NONE and not hasattr(torch.gcu, "GCUGraph"):
             behaviours.log.info("The emulated card captures no graphs: cudagraph_mode is NONE.")
@@ -100,11 +105,7 @@ class GcuPlatform(Platform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        """vLLM's own compiled kernels are for other devices; the emulated card is host memory, and has the CPU's."""
-        if EMULATED:
-            from vllm.platforms.cpu import CpuPlatform
-
-            CpuPlatform.import_kernels()
+        """vLLM's own compiled kernels are for other devices."""
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -187,12 +188,18 @@ class GcuPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if not EMULATED:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        if not hasattr(AttentionBackendEnum, ATTENTION[0]):
+            register_backend(*ATTENTION)
+        asked = attn_selector_config
+        if selected_backend is not None and selected_backend.name != ATTENTION[0]:
             raise UnsupportedFeatureError(
-                "there is no attention backend for a real GCU yet (docs/gcu-bring-up.md). Use target host, or emulate "
-                "a card (GCU_COMPILE_EMULATE=gcu300)."
+                f"attention backend {selected_backend.name} is not for target gcu: leave it out, or name {ATTENTION[0]}"
             )
-        return "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+        if asked.use_mla or asked.use_sparse:
+            raise UnsupportedFeatureError("latent and sparse attention are not for target gcu yet: use target host.")
+        return ATTENTION[1]
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

@@ -12,10 +12,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
-from vllm_integration import behaviours, compilation
-
-# Name and class of our attention backend.
-ATTENTION = ("GCU_ATTN", "vllm_integration.attention.GcuAttentionBackend")
+from vllm_integration import ATTENTION, behaviours, compilation
 
 
 class GcuHostPlatform(CpuPlatform):
