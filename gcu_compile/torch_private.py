@@ -15,8 +15,13 @@ from unittest import mock
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+
+try:
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+except ImportError:  # torch 2.11, whose passes are not told whether the graph is trained
+    CustomInferenceAwareGraphPass = CustomGraphPass
 
 __all__ = [
     "CustomInferenceAwareGraphPass",
@@ -154,7 +159,7 @@ class TellsOfTraining(CustomInferenceAwareGraphPass):
     def __init__(self, lowering: CustomInferenceAwareGraphPass):
         self.lowering = lowering
 
-    def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool = True) -> None:
         if not is_inference:
             self.lowering(graph, is_inference=False)
 
