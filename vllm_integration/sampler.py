@@ -9,6 +9,7 @@ and counted in `fallbacks`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import gcu_compile.kernels.sampling  # noqa: F401  (defines torch.ops.gcu.sample
 from gcu_compile.options import resolve
 from vllm_integration.behaviours import log
 
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 KNOWN_PROCESSORS = (LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor)
 
 
@@ -44,11 +46,11 @@ class GcuSampler(Sampler):
 
     def forward(self, logits, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None):
         mode = logprobs_mode_override or self.logprobs_mode
-        reason = self.refuses(sampling_metadata, predict_bonus_token, mode)
+        reason = self.refuses(sampling_metadata, mode)
+        if predict_bonus_token:  # part of vLLM's own rejection sampler, which counts as one fallback
+            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
         if reason is not None:
-            if reason not in self.fallbacks:
-                log.info("Sampling in float32 by vLLM's own sampler: %s", reason)
-            self.fallbacks[reason] += 1
+            self.count_fallback(reason)
             return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
         asked = settings(sampling_metadata, *logits.shape)
         asked = {name: value.to(logits.device) for name, value in asked.items()}
@@ -59,14 +61,18 @@ class GcuSampler(Sampler):
             logprobs_tensors=self._logprobs(logits, ids, sampling_metadata, mode),
         )
 
-    def refuses(self, metadata: SamplingMetadata, predict_bonus_token: bool, mode: str) -> str | None:
+    def count_fallback(self, reason: str) -> None:
+        """Log a fallback the first time, and count it."""
+        if reason not in self.fallbacks:
+            log.info("Sampling in float32 by vLLM's own sampler: %s", reason)
+        self.fallbacks[reason] += 1
+
+    def refuses(self, metadata: SamplingMetadata, mode: str) -> str | None:
         """Why this batch cannot go through `gcu::sample`, or None."""
         if not self.original:
             return "post_processing_dtype is float32"
         if self.use_fp64_gumbel:
             return "use_fp64_gumbel is set"
-        if predict_bonus_token:
-            return "bonus tokens of speculative decoding"
         wants_logprobs = metadata.max_num_logprobs is not None or metadata.logprob_token_ids
         if wants_logprobs and mode.startswith("processed"):
             return f"logprobs_mode {mode} shows the processed logits of every token"
@@ -104,15 +110,19 @@ class GcuSampler(Sampler):
         return self.gather_logprobs(raw, count, token_ids=ids)
 
 
-def settings(metadata: SamplingMetadata, rows: int, vocab: int) -> dict[str, torch.Tensor]:
-    """Arguments of `gcu::sample` that say what the batch's requests ask for; what nobody asks for is absent."""
+def settings(metadata: SamplingMetadata, rows: int, vocab: int, more: Sequence[Triple] = ()) -> dict[str, torch.Tensor]:
+    """Arguments of `gcu::sample` that say what the batch's requests ask for; what nobody asks for is absent.
+
+    Args:
+        more: biases beside the processors' own: rows, token ids and values.
+    """
     found: dict[str, torch.Tensor | None] = {
         "temperature": metadata.temperature,
         "top_k": metadata.top_k,
         "top_p": metadata.top_p,
         "forbidden": metadata.allowed_token_ids_mask,
     }
-    triples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    triples: list[Triple] = list(more)
     for processor in (*metadata.logitsprocs.argmax_invariant, *metadata.logitsprocs.non_argmax_invariant):
         if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
             found["min_p"] = processor.min_p.flatten()

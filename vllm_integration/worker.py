@@ -1,4 +1,4 @@
-"""The worker of target `host`: vLLM's CPU worker with our sampler."""
+"""The worker of target `host`: vLLM's CPU worker with our samplers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.options import resolve
 from vllm_integration.behaviours import log
+from vllm_integration.rejection_sampler import GcuRejectionSampler
 from vllm_integration.reports import keep_or_recall
 from vllm_integration.sampler import GcuSampler
 
@@ -27,6 +28,8 @@ class GcuHostWorker(CPUWorker):
         runner.sampler = GcuSampler(
             runner, logprobs_mode=runner.sampler.logprobs_mode, use_fp64_gumbel=runner.sampler.use_fp64_gumbel
         )
+        if hasattr(runner, "rejection_sampler"):  # speculative decoding
+            runner.rejection_sampler = GcuRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()

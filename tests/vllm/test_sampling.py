@@ -36,9 +36,9 @@ def model(tmp_path_factory):
     return str(save_llama(tmp_path_factory.mktemp("llama")))
 
 
-def ask(model, folder, pairs, **environ):
+def ask(model, folder, pairs, llm=None, **environ):
     request = {
-        "llm": {"model": model, **SMALL, "enforce_eager": True},
+        "llm": {"model": model, **SMALL, "enforce_eager": True, **(llm or {})},
         "prompts": [prompt for prompt, _ in pairs],
         "sampling": [{**COMMON, **setting} for _, setting in pairs],
     }
@@ -83,3 +83,16 @@ def test_float32_option_restores_upstream_and_says_so(model, tmp_path):
     (fallbacks,) = reply["fallbacks"]
     assert set(fallbacks) == {"post_processing_dtype is float32"}
     assert "Sampling in float32 by vLLM's own sampler" in reply["log"]
+
+
+def test_speculative_decoding_gives_the_tokens_of_plain_decoding(model, together, tmp_path):
+    """Drafts by n-grams: greedy and seeded requests alike, with penalties, in one batch, and no fallback."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    greedy = [0, 1, 2, 4]  # vLLM refuses logit bias, min-p and min-tokens together with drafts
+    seeded = [0, 1, 3]
+    pairs = [(prompt, GREEDY[i]) for i in greedy for prompt in PROMPTS] + [(PROMPTS[0], SEEDED[i]) for i in seeded]
+    reply = ask(model, tmp_path, pairs, llm={"speculative_config": ngram})
+    start = len(GREEDY) * len(PROMPTS)
+    expected = [together["tokens"][i * len(PROMPTS) + j] for i in greedy for j in range(len(PROMPTS))]
+    assert reply["tokens"] == expected + [together["tokens"][start + i] for i in seeded]
+    assert reply["fallbacks"] == [{}]
