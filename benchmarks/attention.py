@@ -105,6 +105,36 @@ class Batch:
         return lambda: torch.ops.gcu.attention(q, k, v, scale=DIM**-0.5, causal=True)
 
 
+def writes(tokens: int) -> dict:
+    """Rotary embedding and KV write of `tokens` tokens: ours in one pass, vLLM's pair of kernels."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM).bfloat16()
+    angles = torch.outer(torch.arange(4096.0), 10000.0 ** -(torch.arange(0, DIM, 2) / DIM))
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1).bfloat16()
+    positions, slots = torch.arange(tokens), torch.randperm(4096)[:tokens]
+    shape = (4096 // BLOCK, KV_HEADS, BLOCK, DIM)
+    k_cache, v_cache = (torch.zeros(shape).bfloat16() for _ in range(2))
+    int8 = [torch.zeros(shape, dtype=torch.int8) for _ in range(2)]
+    scales = {f"{name}_scale_cache": torch.zeros(shape[:3]) for name in "kv"}
+    isa = _get_attn_isa(torch.bfloat16, BLOCK, DIM)
+    theirs = [torch.zeros(shape).bfloat16() for _ in range(2)]
+    fused = torch.ops.gcu.rope_and_cache
+
+    def vllm():
+        q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1)
+        ops.rotary_embedding(positions, q, k, DIM, cos_sin, True)
+        k, v = (x.unflatten(1, (KV_HEADS, DIM)) for x in (k, v))
+        ops.cpu_attn_reshape_and_cache(k, v, *theirs, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
+
+    return {
+        "ours": lambda: fused(qkv, cos_sin, positions, slots, k_cache, v_cache),
+        "ours, int8 per token and head": lambda: fused(qkv, cos_sin, positions, slots, *int8, **scales),
+        "vLLM's rotary, then its write": vllm,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -130,12 +160,13 @@ def main() -> None:
             "torch SDPA": prefill.sdpa(),
         },
     }
+    tables |= {f"rotary and KV write of {tokens} tokens": writes(tokens) for tokens in (16, 512)}
     results = {"read_bandwidth_gb_s": speed / 1e6}
     for title, functions in tables.items():
         found = results[title] = medians(functions)
         print(f"\n{title}\n")
         for name, value in found.items():
-            print(f"  {name:36} {value:8.2f} ms")
+            print(f"  {name:36} {value:8.3f} ms")
     cache = decode.k.nbytes + decode.v.nbytes
     share = cache / results["decode, 8 sequences of 4096"]["ours bf16 KV"] / speed
     print(f"\nbf16 KV read at {share:.2f} of bandwidth")

@@ -40,6 +40,7 @@ constexpr int STRIP = LANES * VECTORS;
 constexpr int ROWS = 6;        // of a micro-kernel
 constexpr int TILE_ROWS = 96;  // query rows of a work item
 constexpr int TILE_KEYS = 256, TILE_KEYS_DECODE = 128;  // keys packed at once; few rows: all of it stays in L1
+constexpr int64_t WAKE = 200000;    // fewer products take less time than waking other threads
 constexpr int64_t PART_KEYS = 512;  // fewest keys that are worth a part of their own
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -805,9 +806,13 @@ void attend(const Arguments& in) {
   std::vector<std::vector<Item>> split;
   int64_t partial_rows = 0, dv = rounded(in.v_dim, LANES);
   std::vector<Item> items = plan(in, split, partial_rows);
+  int64_t products = 0;
+  for (const Item& i : items)
+    products += (i.last_key - i.first_key) * i.head_count * i.token_count * (in.head_dim + in.v_dim);
+  bool parallel = in.threads > 1 && items.size() > 1 && products > WAKE;
   Partials partials;
   partials.sums.resize(partial_rows * dv), partials.maxima.resize(partial_rows), partials.weights.resize(partial_rows);
-#pragma omp parallel num_threads(in.threads) if (in.threads > 1)
+#pragma omp parallel num_threads(in.threads) if (parallel)
   {
     auto tile = std::make_unique<Tile<P>>(in, partials);
 #pragma omp for schedule(dynamic, 1)

@@ -2,6 +2,9 @@
 //
 //   token (in parallel) -> head -> float32 in L1 -> norm -> rotation -> q out, or quantised into the cache
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 #include <algorithm>
@@ -13,6 +16,16 @@
 namespace {
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t LARGEST_HEAD = 1024;
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 }  // namespace
 
 struct Strides {
@@ -104,9 +117,50 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half, bool int
   }
 }
 
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const uint16_t* p) {  // bfloat16
+  return std::bit_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
+}
+inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+inline void store(uint16_t* p, Vec x) {
+#ifdef __AVX512BF16__
+  *reinterpret_cast<Half*>(p) = std::bit_cast<Half>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(x)));
+#else
+  Bits bits = std::bit_cast<Bits>(x), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(x == x ? rounded : (bits >> 16 | 64), Half);
+#endif
+}
+
+// One head from `from` to `to` of the same dtype, rotated on the way; `half` is a multiple of LANES.
+template <class T>
+void rotate_through(const T* from, T* to, const float* cos, const float* sin, int64_t half, int64_t n) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    Vec a = load(from + i), b = load(from + half + i), c = load(cos + i), s = load(sin + i);
+    store(to + i, a * c - b * s), store(to + half + i, b * c + a * s);
+  }
+  std::memcpy(to + 2 * half, from + 2 * half, (n - 2 * half) * sizeof(T));
+}
+
+// Whether the way of a head is `rotate_through`: rotation in halves, no norm, nothing to quantise or convert.
+bool straight(const Arguments& in, const float* norm, int to_dtype) {
+  return !norm && !in.interleaved && in.rotary / 2 % LANES == 0 && to_dtype == in.dtype && in.dtype != F16;
+}
+
+void through(const Arguments& in, const void* from, int64_t from_at, void* to, int64_t to_at, const float* row, int64_t n) {
+  int64_t half = in.rotary / 2;
+  if (in.dtype == F32)
+    rotate_through(static_cast<const float*>(from) + from_at, static_cast<float*>(to) + to_at, row, row + half, half, n);
+  else
+    rotate_through(static_cast<const uint16_t*>(from) + from_at, static_cast<uint16_t*>(to) + to_at, row, row + half, half, n);
+}
+
+int64_t place(const Side& side, int64_t block, int64_t slot, int64_t head) {
+  return block * side.at.block + head * side.at.head + slot * side.at.slot;
+}
+
 // One head of one token into its slot.
 void keep(const Side& side, int dtype, int64_t block, int64_t slot, int64_t head, const float* x) {
-  int64_t at = block * side.at.block + head * side.at.head + slot * side.at.slot;
+  int64_t at = place(side, block, slot, head);
   if (dtype != I8) return write(side.cache, at, side.size, dtype, x);
   float scale, zero = 0;
   if (side.scale_cache) {
@@ -138,17 +192,33 @@ void run(const Arguments& in, int64_t token) {
   };
   if (in.q)
     for (int64_t head = 0; head < in.heads; ++head) {
-      read(in.q, token * in.q_stride + head * dim, dim, in.dtype, x);
+      int64_t at = token * in.q_stride + head * dim, to = (token * in.heads + head) * dim;
+      if (straight(in, in.q_norm, in.dtype)) {
+        through(in, in.q, at, in.q_out, to, row, dim);
+        continue;
+      }
+      read(in.q, at, dim, in.dtype, x);
       turn(in.q_norm);
-      write(in.q_out, (token * in.heads + head) * dim, dim, in.dtype, x);
+      write(in.q_out, to, dim, in.dtype, x);
     }
   if (slot < 0) return;
   int64_t block = slot / in.block_size, offset = slot % in.block_size;
   for (int64_t head = 0; head < in.kv_heads; ++head) {
-    read(in.k.from, token * in.k.from_stride + head * dim, dim, in.dtype, x);
-    turn(in.k_norm);
-    keep(in.k, in.cache_dtype, block, offset, head, x);
-    read(in.v.from, token * in.v.from_stride + head * in.v.size, in.v.size, in.dtype, x);
+    int64_t k_at = token * in.k.from_stride + head * dim, v_at = token * in.v.from_stride + head * in.v.size;
+    if (straight(in, in.k_norm, in.cache_dtype)) {
+      through(in, in.k.from, k_at, in.k.cache, place(in.k, block, offset, head), row, dim);
+    } else {
+      read(in.k.from, k_at, dim, in.dtype, x);
+      turn(in.k_norm);
+      keep(in.k, in.cache_dtype, block, offset, head, x);
+    }
+    if (in.cache_dtype == in.dtype) {
+      int64_t size = in.dtype == F32 ? 4 : 2;
+      char* to = static_cast<char*>(in.v.cache) + place(in.v, block, offset, head) * size;
+      std::memcpy(to, static_cast<const char*>(in.v.from) + v_at * size, in.v.size * size);
+      continue;
+    }
+    read(in.v.from, v_at, in.v.size, in.dtype, x);
     keep(in.v, in.cache_dtype, block, offset, head, x);
   }
 }

@@ -141,6 +141,19 @@ def test_host_covering_array(row, monkeypatch):
         assert ((back - exact).abs() <= 0.5 * scale + 1e-5 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_go_straight_from_input_to_cache(isa, dtype, monkeypatch):
+    """No norm, nothing to quantise, a rotation in halves of whole vectors: the kernel's short way."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    a = inputs(dtype, v_dim=20)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in a.items()}
+    q = torch.ops.gcu.rope_and_cache(**a)
+    torch.testing.assert_close(q.double(), rope.eager(**wide), **tolerance(dtype, 2))
+    for n in ("k_cache", "v_cache"):
+        torch.testing.assert_close(a[n].double(), wide[n], **tolerance(dtype, 2))
+
+
 @pytest.mark.parametrize("kind", ["float", "tensor", "token_head"])
 def test_write_kv_is_the_write_of_rope_and_cache(kind):
     a = inputs(torch.bfloat16, None if kind == "float" else torch.int8, rotary=0)
