@@ -38,6 +38,7 @@ def wants_card() -> bool:
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once."""
-    from vllm_integration import behaviours
+    from vllm_integration import behaviours, quantization
 
     behaviours.install()
+    quantization.install()

@@ -113,6 +113,7 @@ def replace_error_dump(replacement: Callable) -> None:
     _once(core, "dump_engine_exception", lambda original: replacement)
 
 
+<<<<<<< HEAD
 def cuda_names_mean_gcu() -> None:
     """Let `torch.cuda.Stream`, `Event` and the like be those of `torch.gcu` in this worker process.
 
@@ -155,3 +156,24 @@ def replace_slot_mapping(compute: Callable) -> None:
         return compute_slot_mapping
 
     _once(BlockTable, "compute_slot_mapping", make)
+=======
+def prefer_linear_kernels(mixed_precision: type, int8: type) -> None:
+    """Put our kernels first in vLLM's lists for a CPU.
+
+    `register_linear_kernel` appends, and the first kernel that can implement a layer is taken.
+    """
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    for kernels, ours in ((linear._POSSIBLE_KERNELS, mixed_precision), (linear._POSSIBLE_INT8_KERNELS, int8)):
+        if ours not in kernels[PlatformEnum.CPU]:
+            kernels[PlatformEnum.CPU].insert(0, ours)
+
+
+def replace_quantization_configs(configs: dict[str, type]) -> None:
+    """Name of a method -> our configuration in its place (vLLM's `register_quantization_config` allows it)."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    for name, config in configs.items():
+        register_quantization_config(name)(config)
+>>>>>>> 62def9d (vLLM: GPTQ, AWQ and compressed-tensors layers on our kernels; gcu-compile quantize; benchmark and guide)

@@ -13,6 +13,7 @@ from gcu_compile.cli.calibrate import calibrate
 from gcu_compile.cli.check import check
 from gcu_compile.cli.cross_compile import cross_compile
 from gcu_compile.cli.dump import dump
+from gcu_compile.cli.quantize import quantize
 from gcu_compile.cli.target import target
 from gcu_compile.errors import GcuCompileError
 
@@ -31,6 +32,7 @@ app.command("calibrate")(calibrate)
 app.command("demo-model")(demo.demo_model)
 app.command("explain")(explain.explain)
 app.command("dump")(dump)
+app.command("quantize")(quantize)
 app.command("bisect")(bisect.bisect)
 app.add_typer(cache, name="cache")
 

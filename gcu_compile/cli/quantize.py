@@ -1,0 +1,41 @@
+"""`gcu-compile quantize`: a checkpoint with integer weights, for vLLM and other readers of compressed-tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gcu_compile.cli.report import JsonFile, write_json
+
+Model = Annotated[Path, typer.Argument(help="A model folder with .safetensors files and config.json.")]
+Name = Annotated[str, typer.Option("--format", help="w4a16, w8a16 or w8a8.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")]
+Group = Annotated[int | None, typer.Option("--group-size", help="Inputs per scale; default: the largest that fits.")]
+WORST = 5
+
+
+def quantize(model: Model, name: Name, out: Out, group_size: Group = None, json_file: JsonFile = None) -> None:
+    """Round a model's linear layers to integers and write a compressed-tensors checkpoint."""
+    from gcu_compile import quantize as quantiser
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("layers", total=None)
+
+        def progress(layer: str, done: int, total: int) -> None:
+            bar.update(task, description=layer, completed=done, total=total)
+
+        result = quantiser.quantize(model, out, name, group_size, progress)
+    write_json(json_file, result)
+    layers = sorted(result["layers"], key=lambda layer: -layer["relative"])
+    mean = sum(layer["relative"] for layer in layers) / len(layers)
+    size = f"groups of {result['group_size']}" if result["group_size"] else "a scale per output"
+    typer.echo(f"{out}: {name}, {size}, {len(layers)} layers")
+    typer.echo(f"{result['bytes_before'] / 1e6:.1f} MB -> {result['bytes_after'] / 1e6:.1f} MB")
+    typer.echo(f"error of the weights, |difference| / |weight|: mean {mean:.4f}; largest:")
+    for layer in layers[:WORST]:
+        typer.echo(f"  {layer['relative']:.4f}  {layer['name']}")

@@ -1,0 +1,116 @@
+"""`gcu-compile quantize`: read back by transformers' compressed-tensors, whole or not at all, errors by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import LLAMA, save_llama
+from typer.testing import CliRunner
+
+from gcu_compile.cli.main import app
+from gcu_compile.errors import CheckpointError, InvalidValueError, UnknownNameError
+from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.quantize import FORMATS, quantize
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+def numbers(folder, form, size):
+    """The weights that a quantised folder stands for, from the definition of the format."""
+    found = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        base, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            n, k = load_file(folder / "model.safetensors")[f"{base}.weight_shape"].tolist()
+            layout = layouts.get(f"int{FORMATS[form].bits}_rows_i32")
+            found[f"{base}.weight"] = layouts.unpack(tensor, layout, n, k).float() - layout.midpoint
+        elif kind == "weight":
+            found[name] = tensor.float()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("weight_scale"):
+            base = name.removesuffix("_scale")
+            n, k = found[base].shape
+            found[base] = (found[base].view(n, -1, size or k) * tensor.float().view(n, -1, 1)).view(n, k)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_transformers_reads_what_was_written(form, model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    report = quantize(model, tmp_path / "out", form)
+    assert len(report["layers"]) == 7 * LLAMA["num_hidden_layers"]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    missing = plain.load_state_dict(numbers(tmp_path / "out", form, report["group_size"]), strict=False)
+    assert not missing.unexpected_keys and not [key for key in missing.missing_keys if "proj" in key]
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    theirs = dict(read.named_parameters())
+    for name, ours in plain.named_parameters():
+        torch.testing.assert_close(theirs[name].float(), ours, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_weights_are_rounded_to_the_nearest_code(form, model, tmp_path):
+    report = quantize(model, tmp_path / "out", form)
+    before, after = load_file(model / "model.safetensors"), numbers(tmp_path / "out", form, report["group_size"])
+    for layer in report["layers"]:
+        name = f"{layer['name']}.weight"
+        n, k = before[name].shape
+        groups = before[name].view(n, -1, report["group_size"] or k)
+        step = groups.abs().amax(-1, keepdim=True) / (2 ** (FORMATS[form].bits - 1) - 0.5)
+        error = (after[name].view_as(groups) - groups).abs()
+        assert bool((error <= step * 0.5001).all())
+        assert layer["relative"] == pytest.approx((error.norm() / groups.norm()).item(), rel=1e-3)
+
+
+def test_command_reports_layers_and_writes_json(model, tmp_path):
+    words = ["quantize", str(model), "--format", "w4a16", "--group-size", "32", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 0, result.output
+    assert "w4a16, groups of 32, 14 layers" in result.output and "_proj" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["bytes_after"] < report["bytes_before"] and len(report["layers"]) == 14
+
+
+def test_the_largest_group_that_fits_is_taken(model, tmp_path):
+    assert quantize(model, tmp_path / "out", "w4a16")["group_size"] == 64  # 128 does not divide 192
+
+
+def test_a_failure_leaves_nothing(model, tmp_path):
+    def stop(name, done, total):
+        if done == 3:
+            raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError):
+        quantize(model, tmp_path / "out", "w8a16", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_layer_and_value(model, tmp_path):
+    with pytest.raises(UnknownNameError, match="Did you mean 'w4a16'"):
+        quantize(model, tmp_path / "out", "w4a15")
+    with pytest.raises(InvalidValueError, match=r"group_size cannot be 48.*down_proj|group_size cannot be 48.*has 128"):
+        quantize(model, tmp_path / "out", "w4a16", 48)
+    with pytest.raises(InvalidValueError, match="w8a8 has a scale per output"):
+        quantize(model, tmp_path / "out", "w8a8", 64)
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantize(model, tmp_path, "w8a8")
+    quantize(model, tmp_path / "once", "w8a8")
+    with pytest.raises(CheckpointError, match=r"quantised already \(compressed-tensors\)"):
+        quantize(tmp_path / "once", tmp_path / "twice", "w8a8")
+
+
+def test_a_weight_of_nan_is_named(model, tmp_path):
+    folder = save_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight: the weight holds NaN"):
+        quantize(folder, tmp_path / "out", "w4a16")
