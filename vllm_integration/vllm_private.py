@@ -113,7 +113,6 @@ def replace_error_dump(replacement: Callable) -> None:
     _once(core, "dump_engine_exception", lambda original: replacement)
 
 
-<<<<<<< HEAD
 def cuda_names_mean_gcu() -> None:
     """Let `torch.cuda.Stream`, `Event` and the like be those of `torch.gcu` in this worker process.
 
@@ -156,7 +155,8 @@ def replace_slot_mapping(compute: Callable) -> None:
         return compute_slot_mapping
 
     _once(BlockTable, "compute_slot_mapping", make)
-=======
+
+
 def prefer_linear_kernels(mixed_precision: type, int8: type) -> None:
     """Put our kernels first in vLLM's lists for a CPU.
 
@@ -176,4 +176,3 @@ def replace_quantization_configs(configs: dict[str, type]) -> None:
 
     for name, config in configs.items():
         register_quantization_config(name)(config)
->>>>>>> 62def9d (vLLM: GPTQ, AWQ and compressed-tensors layers on our kernels; gcu-compile quantize; benchmark and guide)

@@ -67,6 +67,12 @@ def sampler_fallbacks(worker) -> dict:
     return dict(getattr(worker.model_runner.sampler, "fallbacks", {}))
 
 
+def logprobs_of(output) -> list[float]:
+    """Log-probabilities of the prompt's own tokens, from the second on; empty where they were not asked for."""
+    pairs = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
+    return [float(logprobs[token].logprob) for token, logprobs in pairs]
+
+
 def main(request_file: str, reply_file: str) -> None:
     from vllm import LLM, SamplingParams
 
@@ -93,6 +99,7 @@ def main(request_file: str, reply_file: str) -> None:
         outputs = llm.generate(prompts, each, use_tqdm=False)
         reply["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
         reply["all_tokens"] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        reply["prompt_logprobs"] = [logprobs_of(output) for output in outputs]
         reply["fallbacks"] = llm.collective_rpc(sampler_fallbacks)
     Path(reply_file).write_text(json.dumps(reply))
 
