@@ -38,8 +38,13 @@ from gcu_compile.kernels.dequant_gemm import eager, formats
 from vllm_integration import vllm_private
 
 ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
-TARGET = {4: "host_int4", 8: "host_int8"}
+# Layouts that the kernels of a device read: C++ on the CPU, Triton elsewhere.
+HOST, CARD = {4: "host_int4", 8: "host_int8"}, {4: "gptq_int4", 8: "int8_columns"}
 BITS = {scalar_types.uint4: 4, scalar_types.uint4b8: 4, scalar_types.uint8: 8, scalar_types.uint8b128: 8}
+
+
+def _target(weight: torch.Tensor, bits: int) -> str:
+    return (HOST if weight.device.type == "cpu" else CARD)[bits]
 
 
 def _put(layer: torch.nn.Module, linear: formats.Linear, drop: tuple[str, ...]) -> None:
@@ -108,7 +113,7 @@ class GPTQLinearMethod(LinearMethodBase):
     def __init__(self, quant_config: GPTQConfig) -> None:
         self.config = quant_config
         self.bits = quant_config.quant_type.size_bits
-        if self.bits not in TARGET:
+        if self.bits not in HOST:
             raise UnsupportedFeatureError(f"GPTQ with {self.bits} bits: expected 4 or 8")
 
     def create_weights(
@@ -156,7 +161,7 @@ class GPTQLinearMethod(LinearMethodBase):
             scales,
             zeros,
             layer.g_idx.data if self.config.act_order else None,
-            TARGET[self.bits],
+            _target(layer.qweight, self.bits),
         )
         _put(layer, linear, ("qweight", "qzeros", "scales", "g_idx"))
 
@@ -218,7 +223,7 @@ class MixedPrecisionKernel(MPLinearKernel):
             weight.data.contiguous(),
             scale,
             zero,
-            target=TARGET[bits],
+            target=_target(weight, bits),
         )
         _put(layer, linear, tuple(filter(None, (self.w_q_name, self.w_s_name, self.w_zp_name))))
 
@@ -245,7 +250,7 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
             scales = convert_to_channelwise(scales, layer.logical_widths)
         name = getattr(layer, "prefix", type(layer).__name__)
         linear = formats.prepare(
-            name, "int8", "int8_rows", weight, scales.float().reshape(1, n), target=TARGET[8], inputs=k
+            name, "int8", "int8_rows", weight, scales.float().reshape(1, n), target=_target(weight, 8), inputs=k
         )
         x_scale, x_zero = getattr(layer, x_name, None), getattr(layer, zero_name, None)
         known = None, None

@@ -158,16 +158,17 @@ def replace_slot_mapping(compute: Callable) -> None:
 
 
 def prefer_linear_kernels(mixed_precision: type, int8: type) -> None:
-    """Put our kernels first in vLLM's lists for a CPU.
+    """Put our kernels first in vLLM's lists for this platform.
 
     `register_linear_kernel` appends, and the first kernel that can implement a layer is taken.
     """
     from vllm.model_executor.kernels import linear
-    from vllm.platforms import PlatformEnum
+    from vllm.platforms import current_platform
 
     for kernels, ours in ((linear._POSSIBLE_KERNELS, mixed_precision), (linear._POSSIBLE_INT8_KERNELS, int8)):
-        if ours not in kernels[PlatformEnum.CPU]:
-            kernels[PlatformEnum.CPU].insert(0, ours)
+        mine = kernels.setdefault(current_platform._enum, [])
+        if ours not in mine:
+            mine.insert(0, ours)
 
 
 def replace_quantization_configs(configs: dict[str, type]) -> None:
