@@ -184,8 +184,8 @@ class AWQConfig(AutoAWQConfig):
 class AWQLinearMethod(AutoAWQMarlinLinearMethod):
     """vLLM's method, whose kernel is ours by the list below."""
 
-    def create_weights(self, layer, inputs, outputs, input_size, output_size, params_dtype, **extra) -> None:
-        super().create_weights(layer, inputs, outputs, input_size, output_size, torch.float32, **extra)
+    def create_weights(self, layer, *args, params_dtype, **extra) -> None:
+        super().create_weights(layer, *args, params_dtype=torch.float32, **extra)
 
 
 class MixedPrecisionKernel(MPLinearKernel):

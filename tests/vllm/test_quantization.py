@@ -15,7 +15,7 @@ FORMATS = {
     "gptq int4 symmetric": save_gptq,
     "gptq int8 v2": lambda folder: save_gptq(folder, 8, symmetric=False, v2=True),
 }
-BY_DEFAULT = ("gptq int4 asymmetric act-order", "awq")
+BY_DEFAULT = ("gptq int4 asymmetric act-order",)
 
 
 def prompts():
