@@ -69,8 +69,11 @@ def test_importing_us_imports_neither_vllm_nor_torch():
     assert run.stdout.strip() == "[]", run.stderr
 
 
-def test_python_files_can_be_read_in_one_sitting():
+def test_files_can_be_read_in_one_sitting():
     files = [p for d in ("gcu_compile", "vllm_integration", "tests", "examples") for p in (ROOT / d).rglob("*.py")]
+    native = [p for kind in ("*.cpp", "*.h") for p in (ROOT / "gcu_compile").rglob(kind)]
+    assert native
+    files += native
     long = {str(p.relative_to(ROOT)) for p in files if len(p.read_text().splitlines()) > 400}
     assert not long
 

@@ -14,13 +14,13 @@ P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_dou
 
 
 class Strides(ctypes.Structure):
-    """`struct Strides` of attention.cpp."""
+    """`struct Strides` of attention/arguments.h."""
 
     _fields_ = (("outer", I64), ("head", I64), ("token", I64))
 
 
 class Arguments(ctypes.Structure):
-    """`struct Arguments` of attention.cpp, field by field."""
+    """`struct Arguments` of attention/arguments.h, field by field."""
 
     _fields_ = (
         *((name, P) for name in ("q", "k", "v", "out")),

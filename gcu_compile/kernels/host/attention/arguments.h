@@ -1,0 +1,34 @@
+// What Python hands over. Field order is that of `Strides` and `Arguments` in host/attention.py; null pointers: not
+// asked for.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { F32T = 0, BF16T = 1, F16T = 2, I8T = 3, BOOLT = 4 };
+
+struct Strides {
+  int64_t outer, head, token;  // dense: outer is the batch; caches: the block, and token the slot in it
+};
+
+struct Arguments {
+  const void *q, *k, *v;
+  void* out;
+  Strides q_at, k_at, v_at, out_at;  // in elements; values of one head are adjacent
+  int64_t sequences, heads, kv_heads, head_dim, v_dim, tokens;
+  // Paged: tables. Dense: q_len, kv_len, offset, and one "block" per sequence.
+  const int32_t *block_table, *query_start_loc, *seq_lens;
+  int64_t table_stride, table_blocks, block_size, num_blocks;
+  int64_t q_len, kv_len, offset;
+  const float *k_scale, *v_scale;  // kind 1: one number, 2: [kv_heads], 3: per token and head, by the strides
+  const int32_t *k_zero, *v_zero;
+  int64_t k_scale_kind, v_scale_kind;
+  Strides k_scale_at, v_scale_at;
+  const void* bias;
+  int64_t bias_dtype, bias_batch, bias_head, bias_query, bias_key;  // strides
+  const float *alibi_slopes, *sinks;  // [heads]
+  double scale, soft_cap;
+  int64_t window;  // 0: none
+  int32_t causal, dtype, cache_dtype, threads;
+  int8_t* quantised;      // [tokens, heads, v_dim], or null
+  float* quantised_scale; // [tokens]
+};

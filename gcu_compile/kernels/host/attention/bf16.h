@@ -1,0 +1,230 @@
+// The arithmetic of AVX512-BF16: dot products of pairs with float32 sums. f32.h says what an arithmetic does; this one
+// also has `scores` and `weigh`, which few rows (up to FEW) use in place of panels.
+#pragma once
+
+#ifdef __AVX512F__
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "rows.h"
+
+namespace {
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512bw,avx512vl")
+// Word i of a result: the high half of float32 i; words of a and b side by side, first and second 16.
+struct Words { alignas(64) uint16_t at[32]; };
+constexpr Words words(int kind) {
+  Words w{};
+  for (int i = 0; i < 32; ++i) w.at[i] = uint16_t(kind == 0 ? 2 * i + 1 : (kind - 1) * 16 + i / 2 + i % 2 * 32);
+  return w;
+}
+constexpr Words WORDS[3] = {words(0), words(1), words(2)};
+
+struct BF16 {
+  using A = uint16_t;
+  static constexpr int DEPTH = 2, FEW = 8;
+  static constexpr const uint16_t *ODD_WORDS = WORDS[0].at, *FIRST_WORDS = WORDS[1].at, *SECOND_WORDS = WORDS[2].at;
+
+  static void convert(const float* from, uint16_t* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+  }
+  static void copy(const Row& row, int, int64_t n, uint16_t* to) { std::memcpy(to, row.at, 2 * n); }
+
+  template <int M, int V>
+  static void multiply(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, float* c, int64_t ldc, const float* alpha) {
+    __m512 sum[M][V];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j)
+        sum[i][j] = alpha ? _mm512_mul_ps(_mm512_loadu_ps(c + i * ldc + j * 16), _mm512_set1_ps(alpha[i])) : _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; ++s, b += V * 32) {
+      __m512bh columns[V];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) columns[j] = (__m512bh)_mm512_loadu_si512(b + j * 32);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * lda + 2 * s, 4);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, columns[j]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) _mm512_storeu_ps(c + i * ldc + j * 16, sum[i][j]);
+  }
+
+  static __mmask32 first(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
+
+  // 32 numbers of a row from element `from` on, zeros where `in` is not set. Integers become float32 and lose the low
+  // half of it, which is zero.
+  template <bool BYTES>
+  static __m512i pairs(const Row& row, int64_t from, __mmask32 in) {
+    if (!BYTES) return _mm512_maskz_loadu_epi16(in, row.at + 2 * from);
+    __m256i bytes = _mm256_maskz_loadu_epi8(in, row.at + from);
+    __m512i zero = _mm512_set1_epi32(row.zero);
+    __m512i low = _mm512_sub_epi32(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)), zero);
+    __m512i high = _mm512_sub_epi32(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)), zero);
+    __m512i both = _mm512_permutex2var_epi16((__m512i)_mm512_cvtepi32_ps(low), _mm512_load_si512(ODD_WORDS),
+                                             (__m512i)_mm512_cvtepi32_ps(high));
+    return in == ~0u ? both : _mm512_maskz_mov_epi16(in, both);
+  }
+
+  static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
+    dtype == I8T ? pack_k<true>(keys, n, dim, panel) : pack_k<false>(keys, n, dim, panel);
+  }
+  static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel) {
+    dtype == I8T ? pack_v<true>(values, n, dim, panel) : pack_v<false>(values, n, dim, panel);
+  }
+
+  template <bool BYTES>
+  static void pack_k(const Row* keys, int n, int64_t dim, uint16_t* panel) {
+    int64_t steps = (dim + 1) / 2;
+    for (int strip = 0; strip < n; strip += STRIP) {
+      int width = std::min(STRIP, (n - strip + LANES - 1) / LANES * LANES);
+      for (int lane = 0; lane < width; lane += LANES)
+        for (int64_t s = 0; s < steps; s += LANES) {
+          Int rows[LANES];
+          __mmask32 in = first(dim - 2 * s);
+          for (int i = 0; i < LANES; ++i) {
+            int key = strip + lane + i;
+            rows[i] = key < n ? std::bit_cast<Int>(pairs<BYTES>(keys[key], 2 * s, in)) : Int{};
+          }
+          transpose(rows);
+          int64_t count = std::min<int64_t>(LANES, steps - s);
+          for (int64_t i = 0; i < count; ++i)
+            _mm512_storeu_si512(panel + 2 * ((s + i) * width + lane), std::bit_cast<__m512i>(rows[i]));
+        }
+      panel += 2 * width * steps;
+    }
+  }
+
+  // Keys 2s and 2s + 1 side by side.
+  template <bool BYTES>
+  static void pack_v(const Row* values, int n, int64_t dim, uint16_t* panel) {
+    int steps = (n + 1) / 2;
+    for (int64_t strip = 0; strip < dim; strip += STRIP) {
+      int64_t width = std::min<int64_t>(STRIP, (dim - strip + LANES - 1) / LANES * LANES);
+      for (int64_t d = 0; d < width; d += 32) {
+        __mmask32 in = first(dim - strip - d);
+        for (int s = 0; s < steps; ++s) {
+          __m512i a = pairs<BYTES>(values[2 * s], strip + d, in);
+          __m512i b = 2 * s + 1 < n ? pairs<BYTES>(values[2 * s + 1], strip + d, in) : _mm512_setzero_si512();
+          uint16_t* to = panel + 2 * (s * width + d);
+          _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(FIRST_WORDS), b));
+          if (d + 16 < width) _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, _mm512_load_si512(SECOND_WORDS), b));
+        }
+      }
+      panel += 2 * width * steps;
+    }
+  }
+
+  // Few rows (decode): K and V are used as they lie, since packing would cost more than the products. A batch of 16
+  // scores, R rows of 16 / R keys, is summed over the lanes as a transpose would do it.
+  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead) {
+    auto run = [&]<bool BYTES>() {
+      rows == 1 ? scores<1, BYTES>(q, ldq, rows, keys, n, dim, s, ahead) : rows == 2 ? scores<2, BYTES>(q, ldq, rows, keys, n, dim, s, ahead)
+      : rows <= 4 ? scores<4, BYTES>(q, ldq, rows, keys, n, dim, s, ahead) : scores<8, BYTES>(q, ldq, rows, keys, n, dim, s, ahead);
+    };
+    dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
+  }
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+    auto run = [&]<bool BYTES>() {
+      rows == 1 ? weigh<1, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead) : rows == 2 ? weigh<2, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead)
+      : rows <= 4 ? weigh<4, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead) : weigh<8, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead);
+    };
+    dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
+  }
+
+  template <int STEP = 1>
+  static void sum_lanes(Vec* x) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2 * STEP) {
+      Int a = as_int(x[i]), b = as_int(x[i + STEP]);
+      x[i] = as_float(exchange<STEP, false>(a, b, lanes)) + as_float(exchange<STEP, true>(a, b, lanes));
+    }
+    if constexpr (2 * STEP < LANES) sum_lanes<2 * STEP>(x);
+  }
+
+  template <int R, bool BYTES>
+  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Ahead ahead) {
+    constexpr int K = 16 / R;
+    for (int key = 0; key < n; key += K) {
+      ahead.fetch(key, key + K);
+      Vec sum[16] = {};
+      for (int64_t d = 0; d < dim; d += 32) {
+        __mmask32 in = first(dim - d);
+        __m512bh row[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) row[r] = (__m512bh)_mm512_loadu_si512(q + r * ldq + d);
+#pragma GCC unroll 16
+        for (int k = 0; k < K; ++k) {
+          __m512bh x = (__m512bh)pairs<BYTES>(keys[std::min(key + k, n - 1)], d, in);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sum[r * K + k] = (Vec)_mm512_dpbf16_ps((__m512)sum[r * K + k], row[r], x);
+        }
+      }
+      sum_lanes(sum);
+      alignas(64) float values[16];
+      store(values, sum[0]);
+      for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
+    }
+  }
+
+  template <int R, bool BYTES>
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+    constexpr int C = R == 8 ? 1 : 2;  // columns of 32
+    for (int64_t d = 0; d < dim; d += 32 * C) {
+      __m512 sum[R][2 * C];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; ++c) {
+          bool old = alpha && r < rows && d + 16 * c < ldo;
+          sum[r][c] = old ? _mm512_mul_ps(_mm512_loadu_ps(o + r * ldo + d + 16 * c), _mm512_set1_ps(alpha[r])) : _mm512_setzero_ps();
+        }
+      for (int key = 0; key < n; key += 2) {
+        if (d == 0) ahead.fetch(key, key + 2);
+        __m512bh columns[2 * C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+          __mmask32 in = first(dim - d - 32 * c);
+          __m512i a = pairs<BYTES>(values[key], d + 32 * c, in);
+          __m512i b = pairs<BYTES>(values[std::min(key + 1, n - 1)], d + 32 * c, in);  // its weight is 0 past the end
+          columns[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(FIRST_WORDS), b);
+          columns[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(SECOND_WORDS), b);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
+          __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+          for (int c = 0; c < 2 * C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], x, columns[c]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; ++c)
+          if (r < rows && d + 16 * c < ldo) _mm512_storeu_ps(o + r * ldo + d + 16 * c, sum[r][c]);
+    }
+  }
+};
+#pragma GCC pop_options
+
+}  // namespace
+
+#endif

@@ -1,0 +1,77 @@
+// The arithmetic of any instruction set: float32 in GCC vectors.
+//
+// What an arithmetic does: hold rows of Q or P as `A`, pack K and V, multiply. Panels are cut into strips of STRIP
+// columns (the last one into whole vectors); a strip is [step][column], a step being one or two products deep.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+
+namespace {
+
+struct F32 {
+  using A = float;
+  static constexpr int DEPTH = 1, FEW = 0;
+
+  static void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * 4); }
+  static void copy(const Row& row, int dtype, int64_t n, float* to) {
+    for (int64_t d = 0; d < n; d += LANES) store(to + d, numbers(row, dtype, d, n - d));
+  }
+
+  template <int M, int V>
+  static void multiply(const float* a, int64_t lda, const float* b, int64_t steps, float* c, int64_t ldc, const float* alpha) {
+    Vec sum[M][V];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sum[i][j] = alpha ? load(c + i * ldc + j * LANES) * alpha[i] : Vec{};
+    for (int64_t s = 0; s < steps; ++s, b += V * LANES) {
+      Vec columns[V];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) columns[j] = load(b + j * LANES);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) {
+        Vec x = splat(a[i * lda + s]);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sum[i][j] += x * columns[j];
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) store(c + i * ldc + j * LANES, sum[i][j]);
+  }
+
+  static void pack_k(const Row* keys, int n, int dtype, int64_t dim, float* panel) {
+    for (int strip = 0; strip < n; strip += STRIP) {
+      int width = std::min(STRIP, (n - strip + LANES - 1) / LANES * LANES);
+      for (int lane = 0; lane < width; lane += LANES)
+        for (int64_t d = 0; d < dim; d += LANES) {
+          Int rows[LANES];
+          for (int i = 0; i < LANES; ++i) {
+            int key = strip + lane + i;
+            rows[i] = key < n ? as_int(numbers(keys[key], dtype, d, dim - d)) : Int{};
+          }
+          transpose(rows);
+          int64_t count = std::min<int64_t>(LANES, dim - d);
+          for (int64_t i = 0; i < count; ++i) store(panel + (d + i) * width + lane, as_float(rows[i]));
+        }
+      panel += width * dim;
+    }
+  }
+
+  static void pack_v(const Row* keys, int n, int dtype, int64_t dim, float* panel) {
+    for (int64_t strip = 0; strip < dim; strip += STRIP) {
+      int64_t width = std::min<int64_t>(STRIP, (dim - strip + LANES - 1) / LANES * LANES);
+      for (int key = 0; key < n; ++key)
+        for (int64_t d = 0; d < width; d += LANES)
+          store(panel + key * width + d, numbers(keys[key], dtype, strip + d, dim - strip - d));
+      panel += width * n;
+    }
+  }
+};
+
+}  // namespace

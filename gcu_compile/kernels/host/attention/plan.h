@@ -1,0 +1,60 @@
+// Work items, and the order in which they are done.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+#include "sizes.h"
+
+namespace {
+
+// One work item.
+struct Item {
+  int64_t sequence, kv_head, first_head, head_count, first_token, token_count;  // tokens within the sequence
+  int64_t first_key, last_key;  // half open
+  int64_t partial;              // index of its partial result, or -1: writes the output itself
+};
+
+// Items in the order of the work: the longest first. `split`: the parts of each item that was cut.
+std::vector<Item> plan(const Arguments& in, std::vector<std::vector<Item>>& split, int64_t& partial_rows) {
+  int64_t group = in.heads / in.kv_heads, head_count = std::min<int64_t>(group, TILE_ROWS);
+  int64_t token_count = TILE_ROWS / head_count;
+  std::vector<Item> items;
+  for (int64_t s = 0; s < in.sequences; ++s) {
+    int64_t q_len = in.block_table ? in.query_start_loc[s + 1] - in.query_start_loc[s] : in.q_len;
+    int64_t kv_len = in.block_table ? in.seq_lens[s] : in.kv_len;
+    int64_t offset = in.block_table ? kv_len - q_len : in.offset;
+    for (int64_t h = 0; h < in.kv_heads; ++h)
+      for (int64_t g = 0; g < group; g += head_count)
+        for (int64_t t = 0; t < q_len; t += token_count) {
+          int64_t tokens = std::min(token_count, q_len - t);
+          int64_t last = in.causal ? std::clamp<int64_t>(t + tokens + offset, 0, kv_len) : kv_len;
+          int64_t first = in.window ? std::clamp<int64_t>(t + offset - in.window + 1, 0, last) : 0;
+          items.push_back({s, h, h * group + g, std::min(head_count, group - g), t, tokens, first, last, -1});
+        }
+  }
+  auto work = [](const Item& i) { return (i.last_key - i.first_key) * (i.head_count * i.token_count + 16); };
+  int64_t sum = 0;
+  for (const Item& item : items) sum += work(item);
+  // An item that would keep one thread busy for longer than a quarter of its share is cut.
+  std::vector<Item> result;
+  for (const Item& item : items) {
+    int64_t keys = item.last_key - item.first_key;
+    int64_t parts = in.threads > 1 ? std::min(keys / PART_KEYS, 4 * in.threads * work(item) / std::max<int64_t>(sum, 1)) : 1;
+    if (parts < 2) { result.push_back(item); continue; }
+    split.emplace_back();
+    int64_t size = rounded((keys + parts - 1) / parts, TILE_KEYS_DECODE);
+    for (int64_t key = item.first_key; key < item.last_key; key += size) {
+      Item part = item;
+      part.first_key = key, part.last_key = std::min(item.last_key, key + size), part.partial = partial_rows;
+      partial_rows += item.head_count * item.token_count;
+      split.back().push_back(part), result.push_back(part);
+    }
+  }
+  std::stable_sort(result.begin(), result.end(), [&](const Item& a, const Item& b) { return work(a) > work(b); });
+  return result;
+}
+
+}  // namespace

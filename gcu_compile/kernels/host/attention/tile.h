@@ -1,0 +1,232 @@
+// One work item: its queries against its keys, tile by tile of keys.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "matmul.h"
+#include "partials.h"
+#include "plan.h"
+#include "rows.h"
+
+namespace {
+
+template <class P>
+class Tile {
+  using A = typename P::A;
+
+ public:
+  Tile(const Arguments& in, Partials& partials) : in_(in), partials_(partials) {
+    size_ = in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2;
+    d_ = rounded(in.head_dim, 2 * LANES), dv_ = rounded(in.v_dim, LANES);
+    // One allocation, cut into parts that start on cache lines.
+    int64_t sizes[] = {TILE_ROWS * d_ * int64_t(sizeof(A)), TILE_KEYS * d_ * int64_t(sizeof(A)),
+                       TILE_KEYS * dv_ * int64_t(sizeof(A)), TILE_ROWS * TILE_KEYS * int64_t(sizeof(A)),
+                       TILE_ROWS * TILE_KEYS * 4, TILE_ROWS * dv_ * 4};
+    int64_t all = 64;
+    for (int64_t size : sizes) all += rounded(size, 64) + 64;
+    memory_.reset(new char[all]);
+    char* at = reinterpret_cast<char*>(rounded(reinterpret_cast<int64_t>(memory_.get()), 64));
+    char** parts[] = {(char**)&q_, (char**)&k_, (char**)&v_, (char**)&p_, (char**)&s_, (char**)&o_};
+    for (int i = 0; i < 6; ++i) *parts[i] = at, at += rounded(sizes[i], 64) + 64;
+  }
+
+  void run(const Item& item) {
+    item_ = item;
+    rows_ = int(item.head_count * item.token_count);
+    paged_ = in_.block_table != nullptr;
+    start_ = paged_ ? in_.query_start_loc[item.sequence] : 0;
+    int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
+    offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
+    load_queries();
+    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f);
+    int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
+    locate(item.first_key, step);
+    bool first = true;
+    for (int64_t key = item.first_key; key < item.last_key; key += step, first = false) {
+      std::swap(now_, next_);
+      locate(key + step, step);
+      const Keys& at = *now_;
+      const float* alpha = first ? nullptr : alpha_;
+      if (rows_ <= P::FEW) {
+        if constexpr (P::FEW) {
+          P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
+          for (int row = 0; row < rows_; ++row) soften(row, key);
+          Ahead ahead{next_->k, next_->n, in_.head_dim * size_};
+          P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, ahead);
+        }
+        continue;
+      }
+      int64_t depth = P::DEPTH;
+      P::pack_k(at.k, at.n, in_.cache_dtype, in_.head_dim, k_);
+      matmul<P>(q_, d_, k_, (in_.head_dim + depth - 1) / depth, s_, TILE_KEYS, rows_, rounded(at.n, LANES), nullptr);
+      for (int row = 0; row < rows_; ++row) soften(row, key);
+      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_);
+      matmul<P>(p_, TILE_KEYS, v_, (at.n + depth - 1) / depth, o_, dv_, rows_, dv_, alpha);
+    }
+    if (first) std::fill_n(o_, rows_ * dv_, 0.0f);
+    if (item.partial >= 0) keep();
+    else finish_all();
+  }
+
+  // Output row of `in` from sums, maximum and sum of weights.
+  static void finish(const Arguments& in, const Item& item, int row, const float* sums, float maximum, float weight) {
+    int64_t head = item.first_head + row % item.head_count, token = item.first_token + row / item.head_count;
+    float factor = 1.0f;
+    if (in.sinks) {
+      float sink = in.sinks[head], both = std::max(maximum, sink);
+      if (both > -INF) {
+        factor = std::exp(maximum - both);
+        weight = weight * factor + std::exp(sink - both);
+      }
+    }
+    factor = weight > 0 ? factor / weight : 0.0f;
+    if (in.v_scale_kind == 1) factor *= in.v_scale[0];
+    if (in.v_scale_kind == 2) factor *= in.v_scale[item.kv_head];
+    int64_t outer = in.block_table ? in.query_start_loc[item.sequence] * in.out_at.token : item.sequence * in.out_at.outer;
+    int64_t at = outer + token * in.out_at.token + head * in.out_at.head;
+    if (in.dtype == F32T) {
+      float* to = static_cast<float*>(in.out) + at;
+      for (int64_t d = 0; d < in.v_dim; ++d) to[d] = sums[d] * factor;
+    } else if (in.dtype == BF16T) {
+      uint16_t* to = static_cast<uint16_t*>(in.out) + at;
+      for (int64_t d = 0; d < in.v_dim; ++d) to[d] = to_bf16(sums[d] * factor);
+    } else {
+      _Float16* to = static_cast<_Float16*>(in.out) + at;
+      for (int64_t d = 0; d < in.v_dim; ++d) to[d] = _Float16(sums[d] * factor);
+    }
+  }
+
+ private:
+  void load_queries() {
+    int64_t size = in_.dtype == F32T ? 4 : 2;
+    std::memset(q_, 0, std::max(rows_, P::FEW) * d_ * sizeof(A));
+    for (int row = 0; row < rows_; ++row) {
+      int64_t head = item_.first_head + row % item_.head_count, token = item_.first_token + row / item_.head_count;
+      int64_t at = (paged_ ? start_ * in_.q_at.token : item_.sequence * in_.q_at.outer) + token * in_.q_at.token + head * in_.q_at.head;
+      P::copy({static_cast<const char*>(in_.q) + at * size, 0}, in_.dtype, in_.head_dim, q_ + row * d_);
+    }
+  }
+
+  // A tile of keys: where they and their values lie, and the scales of their own.
+  struct Keys {
+    int n;
+    Row k[TILE_KEYS], v[TILE_KEYS];
+    alignas(64) float k_factor[TILE_KEYS], v_factor[TILE_KEYS];
+  };
+
+  // next_ = up to `step` keys of the item from `key` on, block by block.
+  void locate(int64_t key, int step) {
+    Keys& to = *next_;
+    to.n = int(std::clamp<int64_t>(item_.last_key - key, 0, step));
+    int64_t head = item_.kv_head, block_size = paged_ ? in_.block_size : in_.kv_len;
+    const char *k = static_cast<const char*>(in_.k) + head * in_.k_at.head * size_;
+    const char *v = static_cast<const char*>(in_.v) + head * in_.v_at.head * size_;
+    for (int i = 0; i < to.n;) {
+      int64_t j = key + i, slot = j % block_size, block = item_.sequence;
+      if (paged_) block = in_.block_table[item_.sequence * in_.table_stride + j / block_size];
+      const char *k_block = k + block * in_.k_at.outer * size_, *v_block = v + block * in_.v_at.outer * size_;
+      auto at = [&](const Strides& s) { return block * s.outer + head * s.head + slot * s.token; };
+      auto zero = [&](const int32_t* z, int64_t kind, const Strides& s) {
+        return !z ? 0 : kind == 1 ? z[0] : kind == 2 ? z[head] : z[at(s)];
+      };
+      for (int stop = int(std::min<int64_t>(to.n, i + block_size - slot)); i < stop; ++i, ++slot) {
+        to.k[i] = {k_block + slot * in_.k_at.token * size_, zero(in_.k_zero, in_.k_scale_kind, in_.k_scale_at)};
+        to.v[i] = {v_block + slot * in_.v_at.token * size_, zero(in_.v_zero, in_.v_scale_kind, in_.v_scale_at)};
+        if (in_.k_scale_kind == 3) to.k_factor[i] = in_.k_scale[at(in_.k_scale_at)];
+        if (in_.v_scale_kind == 3) to.v_factor[i] = in_.v_scale[at(in_.v_scale_at)];
+      }
+    }
+    for (int i = to.n; i < int(rounded(to.n, LANES)); ++i) to.k_factor[i] = to.v_factor[i] = 0;
+  }
+
+  // Scores of a row -> weights in p_, and what the sums so far must be multiplied by.
+  void soften(int row, int64_t key) {
+    int n = now_->n;
+    float* s = s_ + row * TILE_KEYS;
+    int64_t head = item_.first_head + row % item_.head_count;
+    int64_t query = item_.first_token + row / item_.head_count, position = query + offset_;
+    int64_t end = in_.causal ? std::clamp<int64_t>(position + 1 - key, 0, n) : n;
+    int64_t begin = in_.window ? std::clamp<int64_t>(position - in_.window + 1 - key, 0, n) : 0;
+    int width = int(rounded(n, LANES));
+    float scale = float(in_.scale);
+    if (in_.k_scale_kind == 1) scale *= in_.k_scale[0];
+    if (in_.k_scale_kind == 2) scale *= in_.k_scale[item_.kv_head];
+    bool cap = in_.soft_cap > 0;
+    float slope = in_.alibi_slopes ? in_.alibi_slopes[head] : 0.0f, inverse = cap ? float(1 / in_.soft_cap) : 0.0f;
+    Vec lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
+    for (int i = 0; i < width; i += LANES) {
+      Vec x = load(s + i) * scale;
+      if (in_.k_scale_kind == 3) x *= load(now_->k_factor + i);
+      if (cap) x = tangent(x * inverse) * float(in_.soft_cap);
+      if (slope != 0) x += (lanes + float(key + i - position)) * slope;
+      store(s + i, x);
+    }
+    if (in_.bias) add_bias(s, head, query, key, n);
+    for (int64_t i = 0; i < std::min<int64_t>(begin, width); ++i) s[i] = -INF;
+    for (int64_t i = std::max(end, int64_t(0)); i < width; ++i) s[i] = -INF;
+    Vec top = splat(-INF);
+    for (int i = 0; i < width; i += LANES) top = maximum(top, load(s + i));
+    float before = maximum_[row], now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
+    Vec sum = {};
+    for (int i = 0; i < width; i += LANES) {
+      Vec p = exp_negative(load(s + i) - base);
+      sum += p;
+      if (in_.v_scale_kind == 3) p *= load(now_->v_factor + i);
+      store(s + i, p);
+    }
+    P::convert(s, p_ + row * TILE_KEYS, width);
+    alpha_[row] = before == -INF ? 0.0f : std::exp(before - base);
+    weight_[row] = weight_[row] * alpha_[row] + total(sum);
+    maximum_[row] = now;
+  }
+
+  void add_bias(float* s, int64_t head, int64_t query, int64_t key, int n) const {
+    int64_t at = item_.sequence * in_.bias_batch + head * in_.bias_head + query * in_.bias_query + key * in_.bias_key;
+    int64_t step = in_.bias_key;
+    if (in_.bias_dtype == BOOLT) {
+      const uint8_t* bias = static_cast<const uint8_t*>(in_.bias) + at;
+      for (int i = 0; i < n; ++i) s[i] = bias[i * step] ? s[i] : -INF;
+    } else if (in_.bias_dtype == F32T) {
+      const float* bias = static_cast<const float*>(in_.bias) + at;
+      for (int i = 0; i < n; ++i) s[i] += bias[i * step];
+    } else if (in_.bias_dtype == BF16T) {
+      const uint16_t* bias = static_cast<const uint16_t*>(in_.bias) + at;
+      for (int i = 0; i < n; ++i) s[i] += to_float(bias[i * step]);
+    } else {
+      const _Float16* bias = static_cast<const _Float16*>(in_.bias) + at;
+      for (int i = 0; i < n; ++i) s[i] += float(bias[i * step]);
+    }
+  }
+
+  void finish_all() {
+    for (int row = 0; row < rows_; ++row) finish(in_, item_, row, o_ + row * dv_, maximum_[row], weight_[row]);
+  }
+
+  void keep() {
+    for (int row = 0; row < rows_; ++row) {
+      int64_t at = item_.partial + row;
+      std::memcpy(&partials_.sums[at * dv_], o_ + row * dv_, dv_ * 4);
+      partials_.maxima[at] = maximum_[row], partials_.weights[at] = weight_[row];
+    }
+  }
+
+  const Arguments& in_;
+  Partials& partials_;
+  Item item_;
+  int64_t d_, dv_, start_, offset_, size_;  // size_: bytes of one number of the cache
+  int rows_;
+  bool paged_;
+  std::unique_ptr<char[]> memory_;
+  A *q_, *k_, *v_, *p_;
+  float *s_, *o_;
+  Keys keys_[2], *now_ = &keys_[0], *next_ = &keys_[1];
+  float maximum_[TILE_ROWS], weight_[TILE_ROWS], alpha_[TILE_ROWS];
+};
+
+}  // namespace
