@@ -1,6 +1,6 @@
 """How vLLM's compile mode reaches our compiler.
 
-    VllmBackend -> GcuCompiler.compile -> Inductor -> post-grad: GcuPassManager = our lowering, then vLLM's passes
+    VllmBackend -> GcuCompiler.compile -> Inductor -> post-grad: GcuPassManager = vLLM's passes, then our lowering
 
 vLLM compiles in pieces and skips a piece that equals an earlier one. Each piece is recorded as a Dynamo graph of
 `torch.compile` is: the report of a skipped piece is that of the piece which it equals, with its own layer's name.
@@ -77,7 +77,7 @@ class LeftToInductor:
 
 
 class GcuPassManager(PostGradPassManager):
-    """Our lowering, then vLLM's passes, which lower its IR operations.
+    """vLLM's passes, which lower its IR operations, then our lowering: rules meet norms and activations as ATen.
 
     vLLM's own de-functionalisation is left out: it names CUDA operations that the CPU build lacks. Inductor's
     `decompose_auto_functionalized`, which runs after the custom passes, does the same for every operation.
@@ -92,8 +92,8 @@ class GcuPassManager(PostGradPassManager):
         self.fix_functionalization = LeftToInductor()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        self.lowering(graph)
         super().__call__(graph)
+        self.lowering(graph)
 
     def uuid(self) -> str:
         return f"{super().uuid()}-{self.lowering.uuid()}"

@@ -30,7 +30,14 @@ def explain(model: str, prompt_length: int, options: Mapping[str, Any]):
 
     watch = Watch()
     length = prompt_length + NEW_TOKENS
-    llm = LLM(model, max_model_len=max(length, 64), max_num_seqs=4, skip_tokenizer_init=True, disable_log_stats=True)
+    llm = LLM(
+        model,
+        max_model_len=max(length, 64),
+        max_num_seqs=4,
+        kv_cache_memory_bytes=1 << 28,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
     prompt = {"prompt_token_ids": [token % vocabulary for token in range(prompt_length)]}
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)

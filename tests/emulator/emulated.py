@@ -24,6 +24,8 @@ def process(target: str) -> ProcessPoolExecutor:
 
 
 def _start(target: str) -> None:
+    import torch  # noqa: F401  (before the variable, which would start a card with the default memory)
+
     os.environ["GCU_COMPILE_EMULATE"] = target
     from gcu_compile.targets import emulator
 

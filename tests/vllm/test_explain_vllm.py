@@ -56,3 +56,8 @@ def test_the_dump_names_each_piece_s_own_layer(folder):
     for number in range(LAYERS):
         assert any(f"layers.{number}." in layer for layer in layers)
     assert all(graph["code"] and graph["calls"] for graph in graphs if len(graph["stages"][0]["lines"]) > 20)
+
+
+def test_norms_and_gates_of_every_layer_are_recognised(folder):
+    fused = json.loads((folder / "report.json").read_text())["fused"]
+    assert fused["rms_norm"] == 2 * LAYERS + 1 and fused["gated_activation"] == LAYERS

@@ -51,6 +51,8 @@ def start(target: str = "", profile_file: str = "") -> Card:
         KernelBuildError: the C++ part cannot be built.
     """
     global _card
+    import torch  # first: its import starts the card that GCU_COMPILE_EMULATE names
+
     options = resolve()
     target = target or options.emulate
     if target not in PROFILES:
@@ -62,8 +64,6 @@ def start(target: str = "", profile_file: str = "") -> Card:
                 "filled once. Start a new process."
             )
         return _card
-    import torch
-
     name = torch._C._get_privateuse1_backend_name()
     if name != "privateuseone" or hasattr(torch, "gcu"):
         raise TargetUnavailableError(
