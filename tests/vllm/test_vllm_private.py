@@ -30,14 +30,14 @@ def test_compiler_and_pass_manager_override_what_exists():
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config.compilation import PassConfig
 
-    from vllm_integration import compiler, platform
+    from vllm_integration import compilation, compiler
 
     pairs = ((compiler.GcuCompiler, InductorStandaloneAdaptor), (compiler.GcuPassManager, PostGradPassManager))
     for ours, theirs in pairs:
         for name, member in vars(ours).items():
             if inspect.isfunction(member) and name != "__init__":
                 assert hasattr(theirs, name), f"{theirs.__name__} has no {name}"
-    assert set(platform.DEVICE_FUSIONS) <= set(PassConfig.__dataclass_fields__)
+    assert set(compilation.DEVICE_FUSIONS) <= set(PassConfig.__dataclass_fields__)
 
 
 def test_watcher_acts_once_after_the_import(monkeypatch):
