@@ -78,6 +78,12 @@ class Options:
         choices=("auto", "amx", "avx512", "avx2", "portable"),
         changes_code=True,
     )
+    attention: str = _option(
+        "auto",
+        "vLLM on the host: whose attention serves caches that both can read; auto takes ours for wide models.",
+        choices=("auto", "gcu", "vllm"),
+        changes_code=True,
+    )
     emulate: str = _option(
         "", "Emulate this card in host memory.", choices=("", "gcu300", "gcu400"), changes_code=True
     )

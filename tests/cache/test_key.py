@@ -80,6 +80,7 @@ def test_target_profile(tmp_path):
         ("post_processing_dtype", "float32"),
         ("shadow", "float64"),
         ("host_isa", "portable"),
+        ("attention", "gcu"),
     ],
 )
 def test_options_that_change_code(option, value):

@@ -94,7 +94,7 @@ def replies(tmp_path_factory):
         {"llm": {**llm, "model": str(models[name]), "kv_cache_dtype": kind}, "prompts": prompts(), "sampling": sampling}
         for name, kind in ASKED
     ]
-    found = run(folder / "run", requests, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    found = run(folder / "run", requests, VLLM_ENABLE_V1_MULTIPROCESSING="0", GCU_COMPILE_ATTENTION="gcu")
     found = dict(zip(ASKED, found, strict=True))
     return found | {name: expected(model) for name, model in models.items()}
 
