@@ -17,6 +17,11 @@ CASES = {
         lambda x: torch.cat(x.unbind(1), -1),
         aten.split_with_sizes.default,
     ),
+    "repeated_view": (
+        lambda x: x[..., :4].sin() + x[..., :4].cos(),
+        lambda x: x[..., :4].sin() + x[..., 4:].cos(),
+        None,
+    ),
     "noop_clone": (lambda x: x.clone().sin(), lambda x: x.mT.contiguous().sin(), aten.clone.default),
     "view_of_view": (lambda x: x.view(6, 8).view(3, 16).sin(), lambda x: x.view(6, 8).sin(), None),
     "permute_of_permute": (
@@ -100,6 +105,18 @@ def test_near_miss(rule):
     fn, reason = NEAR[rule]
     _, report = lowered(fn, torch.randn(X))
     assert any(status != "fused" and reason in why for status, why in statuses(report, rule)), report.matches
+
+
+def test_two_equal_views_that_are_returned_stay_two():
+    def fn(x):
+        y = x.sin()
+        return y.view(-1), y.view(-1)
+
+    gm, report = lowered(fn, torch.randn(X))
+    assert statuses(report, "repeated_view") == [
+        ("skipped", "the graph returns it, and it has to be a tensor of its own")
+    ]
+    assert len(calls(gm, aten.view.default)) == 2
 
 
 def test_what_is_returned_may_be_written_to():

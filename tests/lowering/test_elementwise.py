@@ -130,6 +130,27 @@ def test_rotary(fn, dtype):
     assert report.fused["rotary"] == 1, report.matches
 
 
+def test_rotary_of_vllm_splits_q_and_k_once_per_use():
+    """As vLLM's pieces have it: the fused projection is split, and viewed as heads, anew for each half."""
+
+    def fn(qkv, cos, sin):
+        def part(number, heads, half):
+            return qkv.split([32, 16, 16], -1)[number].reshape(qkv.shape[0], heads, 16).split(8, -1)[half]
+
+        turned = []
+        for number, heads in ((0, 2), (1, 1)):
+            one, two = part(number, heads, 0), part(number, heads, 1)
+            c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+            turned.append(torch.cat([one * c - two * s, two * cos.unsqueeze(-2) + one * sin.unsqueeze(-2)], -1))
+        return torch.cat(turned, 1)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for symbolic in (False, True):
+            cos, sin = torch.rand(2, 5, 8, dtype=dtype)
+            _, report = check(fn, torch.randn(5, 64, dtype=dtype), cos, sin, symbolic=symbolic, dims=(0,))
+            assert statuses(report, "rotary") == [("fused", "")] * 2
+
+
 def test_rotary_of_another_tensor_is_a_near_miss():
     x, cos = torch.randn(2, 4, 5, 16), torch.rand(5, 16)
     _, report = check(lambda x, c: x * c + torch.cat([-(x * 2)[..., 8:], (x * 2)[..., :8]], -1) * c, x, cos)

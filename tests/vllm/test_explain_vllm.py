@@ -60,4 +60,4 @@ def test_the_dump_names_each_piece_s_own_layer(folder):
 
 def test_norms_and_gates_of_every_layer_are_recognised(folder):
     fused = json.loads((folder / "report.json").read_text())["fused"]
-    assert fused["rms_norm"] == 2 * LAYERS + 1 and fused["gated_activation"] == LAYERS
+    assert fused["rms_norm"] == 2 * LAYERS + 1 and fused["gated_activation"] == LAYERS and fused["rotary"] == 2 * LAYERS

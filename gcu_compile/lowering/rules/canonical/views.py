@@ -104,9 +104,34 @@ def _build_slice(graph: Graph, node: Node, found: tuple[Node, int, int, int]) ->
     return graph.call_function(aten.slice.Tensor, found)
 
 
+def _again(node: Node):
+    """a second f(x, ...) of the same view -> the first
+
+    Nothing merges equal nodes of an inference graph before us: vLLM's split of q, k and v stands there once per use.
+    """
+    viewed = node.args[0]
+    for other in viewed.users if isinstance(viewed, Node) else ():
+        if other is node or other.target is not node.target or not other < node:
+            continue
+        if other.args == node.args and other.kwargs == node.kwargs:
+            return fresh(node, other)
+    return None
+
+
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
+REPEATED = (
+    *RESHAPES,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+)
 RULES = (
     Rule("split_to_slice", STEP, (operator.getitem,), _part, _build_slice, torch.narrow),
+    Rule("repeated_view", STEP, REPEATED, _again, source, identity),
     Rule("noop_clone", STEP, (aten.clone.default,), _same_clone, source, identity),
     Rule("view_of_view", STEP, RESHAPES, _view_of_view, _build_view, torch.reshape),
     Rule("noop_view", STEP, (*RESHAPES, aten.expand.default), _same_view, source, identity),
