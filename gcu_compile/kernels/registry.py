@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,6 +59,21 @@ class Implementation:
 
 
 @dataclass(frozen=True)
+class Touched:
+    """The part of a paged cache that a call reads or writes.
+
+    Attributes:
+        blocks: [n] int64, which blocks.
+        paged: names of the arguments whose first dimension is the block.
+        moved: arguments that name blocks, in the numbering of `blocks`, by name.
+    """
+
+    blocks: torch.Tensor
+    paged: tuple[str, ...]
+    moved: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class FusedOp:
     """One fused operation.
 
@@ -70,6 +86,8 @@ class FusedOp:
         accumulation: length of the longest sum in one output value as a function of the arguments, which
             with the dtype selects the row of the tolerance table (`kernels/tolerance.py`); None: exact.
         implementations: in order of preference.
+        touched: for an operation on a paged cache, which of its blocks a call reads or writes, from the arguments by
+            name; the shadow check copies no more than those.
     """
 
     name: str
@@ -78,6 +96,7 @@ class FusedOp:
     fake: Callable
     accumulation: Callable[..., int] | None = None
     implementations: tuple[Implementation, ...] = ()
+    touched: Callable[[dict[str, Any]], Touched] | None = None
 
 
 def register(op: FusedOp) -> FusedOp:

@@ -24,11 +24,14 @@ def folder(tmp_path_factory):
         "GCU_COMPILE_DUMP": str(root / "dump"),
         "VLLM_CACHE_ROOT": str(root / "vllm"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "GCU_COMPILE_ATTENTION": "gcu",
+        "GCU_COMPILE_SHADOW": "float64",
     }
     done = subprocess.run(
         [sys.executable, "-m", "gcu_compile.cli.main", *words], capture_output=True, text=True, env=environ, timeout=400
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (root / "shadow.txt").write_text(done.stderr[done.stderr.rfind("Shadow check") :])
     return root
 
 
@@ -61,3 +64,11 @@ def test_the_dump_names_each_piece_s_own_layer(folder):
 def test_norms_and_gates_of_every_layer_are_recognised(folder):
     fused = json.loads((folder / "report.json").read_text())["fused"]
     assert fused["rms_norm"] == 2 * LAYERS + 1 and fused["gated_activation"] == LAYERS and fused["rotary"] == 2 * LAYERS
+
+
+def test_shadow_check_in_float64_is_over_soon_whatever_the_size_of_the_cache(folder):
+    """It copied the whole cache at every call, and did not end."""
+    rows = [line.split("│") for line in (folder / "shadow.txt").read_text().splitlines() if "gcu::" in line]
+    found = {row[1].strip(): (int(row[5]), int(row[6])) for row in rows}  # calls, breaches
+    assert found["gcu::paged_attention"][0] >= LAYERS and found["gcu::sample"][0] > 0
+    assert not any(breaches for _, breaches in found.values()), found

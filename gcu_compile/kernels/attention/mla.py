@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.attention import checks
+from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.paged import eager as paged
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.triton import paged_attention as triton
@@ -89,4 +89,6 @@ def _run_triton(*args, **kwargs) -> torch.Tensor:
 
 
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses_mla)
-OP = registry.register(registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation, (TRITON,)))
+OP = registry.register(
+    registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation, (TRITON,), touched.by_table)
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.attention import checks
+from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.softmax import attend, compute_dtype
 from gcu_compile.kernels.host import attention as host
 from gcu_compile.kernels.triton import paged_attention as triton
@@ -214,6 +214,7 @@ OP = registry.register(
         fake,
         accumulation,
         _implementations(_run_host, _run_triton),
+        touched.by_table,
     )
 )
 OP_INT8 = registry.register(
@@ -224,5 +225,6 @@ OP_INT8 = registry.register(
         fake_int8,
         accumulation,
         _implementations(_run_host_int8, _run_triton_int8),
+        touched.by_table,
     )
 )

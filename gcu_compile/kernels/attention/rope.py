@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.attention import checks
+from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
@@ -218,4 +218,6 @@ def _run_triton(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
 
 HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
-OP = registry.register(registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation, (HOST, TRITON)))
+OP = registry.register(
+    registry.FusedOp("rope_and_cache", SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_slots)
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.attention import checks, rope
+from gcu_compile.kernels.attention import checks, rope, touched
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
@@ -90,5 +90,13 @@ def _run_triton(k, v, slot_mapping, k_cache, *args, **kwargs) -> None:
 HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses_write)
 OP = registry.register(
-    registry.FusedOp("write_kv", SCHEMA, eager, lambda *args, **kwargs: None, lambda *args, **kwargs: 1, (HOST, TRITON))
+    registry.FusedOp(
+        "write_kv",
+        SCHEMA,
+        eager,
+        lambda *args, **kwargs: None,
+        lambda *args, **kwargs: 1,
+        (HOST, TRITON),
+        touched.by_slots,
+    )
 )
