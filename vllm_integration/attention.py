@@ -11,7 +11,7 @@ slot: what one head reads lies together. Copies and swaps of whole pages, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,19 +22,20 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, CrossAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import CrossAttentionSpec
 
 import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.*)
 from gcu_compile.errors import UnsupportedFeatureError
+from vllm_integration import ATTENTION, versions
 
-NAME = "GCU_ATTN"
+NAME = versions.register_attention(*ATTENTION)
 INT8 = "int8_per_token_head"
 ENCODER = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 SCALE_BYTES = 8  # of one slot of one head: two float32
 
 
-class GcuAttentionBackend(AttentionBackend):
-    """Registered by the platform under `GCU_ATTN`; `--attention-backend CPU_ATTN` restores vLLM's own."""
+class GcuAttentionBackend(versions.cache_interface(SCALE_BYTES), AttentionBackend):
+    """Registered under `GCU_ATTN` (vLLM 0.26: `CUSTOM`); `--attention-backend CPU_ATTN` restores vLLM's own."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -55,17 +56,6 @@ class GcuAttentionBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
         return [16, 32, 64, 128, 256]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Room for the scales of an int8 cache."""
-        if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_per_token_head:
-            return spec
-        return replace(spec, state_content_bytes=spec.head_size + spec.head_size_v + SCALE_BYTES)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

@@ -5,13 +5,14 @@ The list is that of the vendor's release notes; `docs/behaviours.md` tells how t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Any
 
 from gcu_compile.errors import UnsupportedFeatureError
 from gcu_compile.options import resolve
-from vllm_integration import vllm_private
+from vllm_integration import versions, vllm_private
 
 log = logging.getLogger("vllm.gcu")  # below vLLM's own logger, so that its handlers show it
 
@@ -45,7 +46,8 @@ def install() -> None:
         os.environ.setdefault(name, value)
     install_engine_args()
     vllm_private.on_chunked_prefill_default(default_chunked_prefill)
-    vllm_private.when_imported("vllm.entrypoints.launchers.api_server.entry", vllm_private.fail_when_engine_died)
+    for server in versions.SERVERS:
+        vllm_private.when_imported(server, functools.partial(vllm_private.fail_when_engine_died, server))
     if not resolve().dump_on_error:
         vllm_private.replace_error_dump(no_dump)
 

@@ -16,7 +16,7 @@ from gcu_compile.errors import UnsupportedFeatureError
 from gcu_compile.options import resolve
 from gcu_compile.targets import emulator
 from gcu_compile.targets.select import gcu_target
-from vllm_integration import ATTENTION, behaviours, compilation
+from vllm_integration import ATTENTION, behaviours, compilation, versions
 
 KV_BLOCK_SIZE = 64
 EMULATED = bool(resolve().emulate)
@@ -188,14 +188,11 @@ class GcuPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-        if not hasattr(AttentionBackendEnum, ATTENTION[0]):
-            register_backend(*ATTENTION)
+        ours = versions.register_attention(*ATTENTION)
         asked = attn_selector_config
-        if selected_backend is not None and selected_backend.name != ATTENTION[0]:
+        if selected_backend is not None and selected_backend.name != ours:
             raise UnsupportedFeatureError(
-                f"attention backend {selected_backend.name} is not for target gcu: leave it out, or name {ATTENTION[0]}"
+                f"attention backend {selected_backend.name} is not for target gcu: leave it out, or name {ours}"
             )
         if asked.use_mla or asked.use_sparse:
             raise UnsupportedFeatureError("latent and sparse attention are not for target gcu yet: use target host.")

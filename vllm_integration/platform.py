@@ -12,7 +12,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
-from vllm_integration import ATTENTION, behaviours, compilation
+from vllm_integration import ATTENTION, behaviours, compilation, versions
 
 # Query heads x head size from which our attention is the default. A call of ours costs some 0.1 ms more than one of
 # vLLM's: a fifth of SmolLM2-135M's decode speed (9 x 64), and little beside a layer of Llama-1B's width (32 x 64).
@@ -38,12 +38,9 @@ class GcuHostPlatform(CpuPlatform):
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
         """Our backend; vLLM's own where the user names it, for narrow models (option `attention`), for MLA, and for
         fp8 caches, which ours does not read."""
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-        if not hasattr(AttentionBackendEnum, ATTENTION[0]):
-            register_backend(*ATTENTION)
+        ours = versions.register_attention(*ATTENTION)
         asked = attn_selector_config
-        stock = selected_backend is not None and selected_backend.name != ATTENTION[0]
+        stock = selected_backend is not None and selected_backend.name != ours
         if selected_backend is None and not (asked.kv_cache_dtype or "").startswith("int8"):
             stock = not cls.prefers_ours()
         if stock or asked.use_mla or asked.use_sparse or (asked.kv_cache_dtype or "").startswith("fp8"):

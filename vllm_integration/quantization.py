@@ -286,7 +286,5 @@ def _static(scales: torch.Tensor, zeros: torch.Tensor | None) -> tuple[torch.Ten
 def install() -> None:
     """Put our configurations and kernels in place of vLLM's. Idempotent."""
     configs = dict.fromkeys(("gptq", "gptq_marlin", "auto_gptq"), GPTQConfig)
-    vllm_private.replace_quantization_configs(
-        configs | dict.fromkeys(("awq", "awq_marlin", "auto_awq"), AWQConfig)
-    )
+    vllm_private.replace_quantization_configs(configs | dict.fromkeys(("awq", "awq_marlin", "auto_awq"), AWQConfig))
     vllm_private.prefer_linear_kernels(MixedPrecisionKernel, Int8Kernel)

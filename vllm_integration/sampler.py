@@ -25,6 +25,7 @@ from vllm.v1.sample.sampler import Sampler
 
 import gcu_compile.kernels.sampling  # noqa: F401  (defines torch.ops.gcu.sample)
 from gcu_compile.options import resolve
+from vllm_integration import versions
 from vllm_integration.behaviours import log
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -82,7 +83,7 @@ class GcuSampler(Sampler):
         for processor in (*metadata.logitsprocs.argmax_invariant, *metadata.logitsprocs.non_argmax_invariant):
             if not isinstance(processor, KNOWN_PROCESSORS):
                 return f"the logits processor {type(processor).__name__}"
-            if isinstance(processor, MinTokensLogitsProcessor) and processor.restore_logits_slice[0].numel():
+            if isinstance(processor, MinTokensLogitsProcessor) and versions.restores_stop_tokens(processor):
                 return "min_tokens together with structured outputs"
         return None
 

@@ -1,5 +1,7 @@
 """Everything of vLLM's that `vllm_integration` changes or leans on is still where it was: an upgrade's first test."""
 
+import contextlib
+import importlib
 import inspect
 
 import pytest
@@ -56,10 +58,31 @@ def test_watcher_acts_once_after_the_import(monkeypatch):
     assert seen == [1] and sys.meta_path == before
 
 
-def test_server_entry_has_what_we_wrap():
-    from vllm.entrypoints.launchers.api_server import entry
+def test_one_server_module_has_what_we_wrap():
+    from vllm_integration import versions
 
-    assert next(iter(inspect.signature(entry.serve_http).parameters)) == "app"
-    assert "engine_client = app.state.engine_client" in inspect.getsource(
-        inspect.getmodule(inspect.unwrap(entry.serve_http))
-    )
+    found = []
+    for name in versions.SERVERS:
+        with contextlib.suppress(ModuleNotFoundError):
+            found.append(importlib.import_module(name))
+    (entry,) = [module for module in found if hasattr(module, "serve_http")]
+    original = getattr(entry.serve_http, "__gcu_original__", entry.serve_http)
+    assert next(iter(inspect.signature(original).parameters)) == "app"
+    assert "app.state.engine_client" in inspect.getsource(inspect.getmodule(original))
+
+
+def test_a_page_has_room_for_what_our_kernels_read():
+    """Whatever vLLM's release asks for: keys, values and, for int8, two float32 scales of every slot of a head."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+
+    from vllm_integration.attention import INT8, GcuAttentionBackend
+
+    for name, dtype, width in (("auto", torch.bfloat16, 2 * 64), (INT8, torch.int8, 2 * 64 + 8)):
+        mode = get_kv_quant_mode(name)
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=3, head_size=64, dtype=dtype, kv_quant_mode=mode)
+        if hasattr(GcuAttentionBackend, "get_kv_cache_shape"):  # 0.26
+            assert GcuAttentionBackend.get_kv_cache_shape(5, 16, 3, 64, name) == (5, 3, 16, width)
+        else:
+            spec = GcuAttentionBackend.customize_spec(spec)
+        assert spec.page_size_bytes == 3 * 16 * width * dtype.itemsize

@@ -1,0 +1,96 @@
+"""What differs between the releases of vLLM that we run with: 0.26, the last for torch 2.11, and 0.32.
+
+Each difference is told by what is there, not by a version number: a card's vendor builds vLLM under numbers of its own.
+
+    where the API server finds `serve_http`           `SERVERS`
+    the name of an attention backend from outside     `register_attention`
+    how a backend names its cache's layout and size   `cache_interface`
+    stop tokens that `min_tokens` gives back          `restores_stop_tokens`
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+SUPPORTED = ("0.26", "0.32")
+# Modules whose `serve_http` the API server calls, newest first; each release has one of them.
+SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+
+
+def register_attention(name: str, backend: str) -> str:
+    """Make our attention backend known to vLLM; idempotent. Returns the name that this release gives it.
+
+    Args:
+        name: what it is called where vLLM takes new names (0.32); 0.26 has one name for all: `CUSTOM`.
+        backend: dotted name of the class.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not hasattr(AttentionBackendEnum, "register"):
+        register_backend(AttentionBackendEnum.CUSTOM, backend)
+        return AttentionBackendEnum.CUSTOM.name
+    if not hasattr(AttentionBackendEnum, name):
+        register_backend(name, backend)
+    return name
+
+
+def restores_stop_tokens(processor: Any) -> bool:
+    """Whether vLLM's `MinTokensLogitsProcessor` may give stop tokens back to rows that structured outputs leave nothing
+    else; 0.26 never does."""
+    where = getattr(processor, "restore_logits_slice", None)
+    return where is not None and bool(where[0].numel())
+
+
+def cache_interface(scale_bytes: int) -> type:
+    """A mixin that tells vLLM how our attention backend's pages look.
+
+    A page of a head is contiguous: all its keys, all its values, then, where the cache is int8, `scale_bytes` of scales
+    for each slot. vLLM 0.26 asks for a shape and a layout; 0.32 for a layout, and for the size in its specification.
+    """
+    from vllm.v1 import kv_cache_interface
+
+    layouts = getattr(kv_cache_interface, "KVCacheLayout", None)
+    return _by_shape(scale_bytes) if layouts is None else _by_specification(layouts, scale_bytes)
+
+
+def _by_specification(layouts: Any, scale_bytes: int) -> type:
+    class Specified:
+        """vLLM 0.32."""
+
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+            return (layouts.LBHNC,)
+
+        @classmethod
+        def customize_spec(cls, spec: Any) -> Any:
+            """Room for the scales of an int8 cache."""
+            if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_per_token_head:
+                return spec
+            return replace(spec, state_content_bytes=spec.head_size + spec.head_size_v + scale_bytes)
+
+    return Specified
+
+
+def _by_shape(scale_bytes: int) -> type:
+    class Shaped:
+        """vLLM 0.26, which counts the scales of an int8 cache into its page by itself, and knows one head size."""
+
+        @staticmethod
+        def get_kv_cache_shape(
+            num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+        ) -> tuple[int, ...]:
+            scales = scale_bytes if cache_dtype_str.endswith("per_token_head") else 0
+            return num_blocks, num_kv_heads, block_size, 2 * head_size + scales
+
+        @staticmethod
+        def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+            if include_num_layers_dimension:
+                raise NotImplementedError  # one tensor per layer
+            return 0, 1, 2, 3
+
+        @classmethod
+        def get_required_kv_cache_layout(cls) -> str:
+            return "HND"
+
+    return Shaped
