@@ -34,6 +34,7 @@ __all__ = [
     "last_frame",
     "learning",
     "phase_seconds",
+    "symbolic_dispatch",
     "symbol_range",
     "triton_version",
     "without_modes",
@@ -144,9 +145,11 @@ class BeforeInductorsPasses(CustomGraphPass):
 
     def __init__(self, lowering: CustomInferenceAwareGraphPass):
         self.lowering = lowering
+        self.trained = False
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        if not any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes):
+        self.trained = any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes)
+        if not self.trained:
             self.lowering(graph, is_inference=True)
 
     def uuid(self) -> Any:
@@ -154,17 +157,22 @@ class BeforeInductorsPasses(CustomGraphPass):
 
 
 class TellsOfTraining(CustomInferenceAwareGraphPass):
-    """Calls `lowering` for the forward and the backward graph of a model that is trained."""
+    """Calls the lowering for the forward and the backward graph of a model that is trained.
 
-    def __init__(self, lowering: CustomInferenceAwareGraphPass):
-        self.lowering = lowering
+    Args:
+        first: the pass that met the joint graph of both; torch 2.11 tells this one nothing.
+    """
 
-    def __call__(self, graph: torch.fx.Graph, is_inference: bool = True) -> None:
-        if not is_inference:
-            self.lowering(graph, is_inference=False)
+    def __init__(self, first: BeforeInductorsPasses):
+        self.first = first
+
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool | None = None) -> None:
+        trained = self.first.trained if is_inference is None else not is_inference
+        if trained:
+            self.first.lowering(graph, is_inference=False)
 
     def uuid(self) -> Any:
-        return self.lowering.uuid()
+        return self.first.uuid()
 
 
 def compile_with_inductor(
@@ -187,8 +195,9 @@ def compile_with_inductor(
     """
     patches: dict[str, Any] = dict(settings or {})
     if patches.get("use_joint_graph_passes", True):
-        patches["joint_custom_pre_pass"] = BeforeInductorsPasses(lowering)
-        patches["post_grad_custom_pre_pass"] = TellsOfTraining(lowering)
+        first = BeforeInductorsPasses(lowering)
+        patches["joint_custom_pre_pass"] = first
+        patches["post_grad_custom_pre_pass"] = TellsOfTraining(first)
     else:  # off, they take our pass with them; then the post-grad pre-pass is the first to see the graph
         patches["post_grad_custom_pre_pass"] = lowering
     if not cache:
@@ -244,6 +253,14 @@ def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], lowerin
         inference_compiler=inference,
         decompositions=select_decomp_table(),
     )
+
+
+def symbolic_dispatch():
+    """A context in which fake operations keep symbolic sizes: torch 2.11's C++ `matmul` asks for numbers, its
+    decomposition does not."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
 
 
 def without_modes():

@@ -61,9 +61,14 @@ def capture(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.
 
 
 def _scalars_without_storage(gm: torch.fx.GraphModule) -> None:
-    """`torch.tensor(number)` copies from the CPU to the device, which a device of FakeTensors cannot; `full` can."""
+    """`torch.tensor(number)`, or of an empty list (a cache that grows), copies from the CPU to the device, which a
+    device of FakeTensors cannot; `full` and `empty` can."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.tensor):
-        if len(node.args) == 1 and isinstance(node.args[0], (bool, int, float)):
+        if len(node.args) != 1:
+            continue
+        if isinstance(node.args[0], (list, tuple)) and not node.args[0]:
+            node.target, node.args = torch.empty, ((0,),)
+        elif isinstance(node.args[0], (bool, int, float)):
             kwargs = {"dtype": _dtype_of(node.args[0]), **node.kwargs}
             node.target, node.args, node.kwargs = torch.full, ((), node.args[0]), kwargs
     gm.recompile()

@@ -20,6 +20,7 @@ from gcu_compile.errors import InvariantViolation
 from gcu_compile.kernels import registry
 from gcu_compile.lowering.legalise import FALLBACK
 from gcu_compile.lowering.rule import value_of
+from gcu_compile.torch_private import symbolic_dispatch
 
 RULE = "gcu_rule"  # of a node that a rule made: a `MadeBy`
 
@@ -119,7 +120,7 @@ def _same_fake(node: torch.fx.Node, step: str) -> None:
     modes = [v.fake_mode for v in args if isinstance(v, torch._subclasses.FakeTensor)]
     if not modes:
         return
-    with modes[0]:
+    with modes[0], symbolic_dispatch():
         meant, found = op.eager(*args, **kwargs), value_of(node)
     pairs = zip(meant, found, strict=True) if isinstance(meant, (tuple, list)) else [(meant, found)]
     for expected, actual in pairs:

@@ -20,6 +20,8 @@ LEFT_OUT = {
     "broadcast_shapes": "no tensors",
     "tensor_split": "wants its indices on the CPU, whatever the device",
 }
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"):
+    LEFT_OUT["torch._scaled_mm_v2"] = "this torch (2.11) has no CPU kernel of it, though its entry says so"
 DTYPES = (torch.float32, torch.int64, torch.bool, torch.complex64)
 
 

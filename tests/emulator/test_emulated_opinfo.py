@@ -14,7 +14,7 @@ def sweep(samples):
             ran += opinfo.compare(name, samples) > 0
         except Exception as error:  # the whole list is what helps
             failures[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    assert not failures
+    assert not failures, failures
     print(f"{ran} operators equal")
     assert ran >= 600
 

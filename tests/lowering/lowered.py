@@ -14,7 +14,7 @@ from gcu_compile.kernels.tolerance import tolerance
 from gcu_compile.lowering.context import Context, GraphReport
 from gcu_compile.lowering.pipeline import lower
 from gcu_compile.options import resolve
-from gcu_compile.torch_private import select_decomp_table
+from gcu_compile.torch_private import select_decomp_table, symbolic_dispatch
 
 ATTENTION = torch.ops.gcu.attention.default
 
@@ -29,7 +29,7 @@ def lowered(fn, *args, symbolic=False, dims=(0, 2), **options):
         warnings.simplefilter("ignore")
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         fakes = [faked(mode, arg, dims if symbolic else ()) for arg in args]
-        with mode:
+        with mode, symbolic_dispatch():
             gm = make_fx(torch.func.functionalize(lambda *a: fn(*a)), decomposition_table=select_decomp_table())(*fakes)
     context = Context(resolve(options), "host", GraphReport("host"))
     env = shape_env(gm)

