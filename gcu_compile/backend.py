@@ -93,7 +93,8 @@ class LoweringPass(torch_private.CustomInferenceAwareGraphPass):
         reports.append(report)
         observers = self.recording.lowered(report) if self.recording else []
         if is_inference:
-            context = Context(self.options, self.target, report, observers)
+            number = self.recording.number if self.recording else 0
+            context = Context(self.options, self.target, report, observers, number)
             lower(graph.owning_module, context)
         if self.options.shadow != "off":
             from gcu_compile.debug import shadow

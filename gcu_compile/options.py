@@ -50,7 +50,9 @@ class Options:
     )
     disable_steps: tuple[str, ...] = _option((), "Pipeline steps switched off, by name.", changes_code=True)
     disable_matches: tuple[str, ...] = _option(
-        (), "Single matches switched off, as rule@index (what bisect narrows down to).", changes_code=True
+        (),
+        "Single matches switched off, as rule@index (in every graph) or rule@graph.index (what bisect finds).",
+        changes_code=True,
     )
     inductor: bool = _option(
         True, "Generate code with Inductor; off runs the lowered graph eagerly.", changes_code=True

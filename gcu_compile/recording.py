@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,11 +17,20 @@ from gcu_compile.generated import Kernel, kernels
 from gcu_compile.lowering.context import GraphReport, Observer
 from gcu_compile.options import Options
 
+_numbers = itertools.count()
+
+
+def restart_numbers() -> None:
+    """The next recorded graph is number 0 again."""
+    global _numbers
+    _numbers = itertools.count()
+
 
 class Recording:
     """One compilation: begun before Inductor is asked, finished after.
 
     Attributes:
+        number: of the graph among those compiled in this process; a graph found in a cache counts too.
         name: where the graph starts in the model's code.
         key: what it is kept under; empty when nothing is kept.
         state: `hit` (Inductor had the code), `miss` (it was compiled), `off` (caching is switched off, or
@@ -31,7 +42,7 @@ class Recording:
     """
 
     def __init__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], options: Options, target: str):
-        self.options, self.target = options, target
+        self.options, self.target, self.number = options, target, next(_numbers)
         self.name, self.key, self.state = name_of(gm), "", "off"
         self.reason = "switched off by option cache" if options.inductor else "nothing is generated without Inductor"
         self.reports: list[GraphReport] = []
@@ -46,11 +57,13 @@ class Recording:
 
             self._dump = Recorder()
         if options.cache and options.inductor:
-            ingredients = {
+            ingredients: dict[str, Any] = {
                 **code_ingredients(options, target),
                 **graph_ingredients(gm, example_inputs),
                 "dump": bool(options.dump),
             }
+            if self._off:
+                ingredients["disabled here"] = self._off
             self.key = key_of(ingredients)
             self._store = Store(options.effective_cache_dir())
             self._kept, self.reason = self._store.load(self.key)
@@ -62,7 +75,14 @@ class Recording:
     @property
     def uuid(self) -> str:
         """What stands for us in Inductor's key."""
-        return f"{cache_key(self.options, self.target)}-{self._entry.generation if self._entry else ''}"
+        generation = self._entry.generation if self._entry else ""
+        return "-".join([cache_key(self.options, self.target), str(generation), *self._off])
+
+    @property
+    def _off(self) -> list[str]:
+        """Matches that are switched off in this graph alone: its code is not that of an equal one."""
+        here = re.compile(rf".*@{self.number}\.\d+")
+        return sorted(name for name in self.options.disable_matches if here.fullmatch(name))
 
     def lowered(self, report: GraphReport) -> list[Observer]:
         """A graph is about to be lowered, and will tell of it in `report`; what shall watch the lowering."""
@@ -90,7 +110,7 @@ class Recording:
             renamed = dict(zip(self._kept.layers, self._entry.layers, strict=True))
             self.reports = [GraphReport.from_json(report) for report in self._kept.reports]
             for match in (match for report in self.reports for match in report.matches):
-                match.layer = renamed.get(match.layer, match.layer)
+                match.layer, match.graph = renamed.get(match.layer, match.layer), self.number
             self.kernels = [[Kernel(**kernel) for kernel in graph] for graph in self._kept.kernels]
             self.seconds = self._kept.seconds
         else:

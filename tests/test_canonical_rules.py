@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gcu_compile import backend
+from gcu_compile import backend, recording
 from gcu_compile.lowering.rules import all_rules
 
 
@@ -96,6 +96,26 @@ def test_one_rule_or_one_match_can_be_switched_off():
     less = run(fn, x, options={"disable_matches": ["dtype_round_trip@0"]})
     assert less.fused["dtype_round_trip"] == places - 1
     assert [m.status for m in less.matches if m.rule == "dtype_round_trip"][0] == "disabled"
+
+
+def test_a_match_can_be_switched_off_in_one_graph_alone(tmp_path):
+    """Two equal graphs, in a cache of their own: the second's code is not that of the first."""
+
+    def fn(x):
+        x = x.float().bfloat16() * 2
+        torch._dynamo.graph_break()
+        return x.float().bfloat16() * 2
+
+    x = torch.randn(4, 4, dtype=torch.bfloat16)
+    for names, expected in ((["dtype_round_trip@0"], [0, 0]), (["dtype_round_trip@1.0"], [1, 0]), ([], [1, 1])):
+        torch._dynamo.reset()
+        recording.restart_numbers()
+        before = len(backend.reports)
+        options = {"cache_dir": str(tmp_path), "disable_matches": names}
+        assert torch.equal(torch.compile(fn, backend="gcu", options=options)(x), fn(x))
+        found = backend.reports[before:]
+        assert [report.fused["dtype_round_trip"] for report in found] == expected
+        assert [match.graph for report in found for match in report.matches] == [0, 1]
 
 
 def test_step_can_be_switched_off():

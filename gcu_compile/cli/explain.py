@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -33,11 +34,9 @@ def explain(
     """Compile and run once; print every place where a rule looked, graph breaks, fallbacks and kernels."""
     from gcu_compile.debug.explain import explain as run
 
-    if through not in THROUGH:
-        raise UnknownNameError("way of running a model", through, THROUGH, "--through")
     options = parse(set_ or [])
-    if through == "vllm":
-        report = engine()(model_folder(subject), prompt_length, options)
+    if checked(through) == "vllm":
+        report = engine("explain").explain(model_folder(subject), prompt_length, options)
     else:
         fn, args = load(subject, prompt_length)
         report = run(fn, *args, options=options)
@@ -45,16 +44,26 @@ def explain(
     Console().print(report)
 
 
-def engine() -> Callable:
-    """vLLM's side of `explain`. It lives in the package that may import vLLM, and is looked up here only.
+def checked(through: str) -> str:
+    """`through`, if it is a way of running a model.
+
+    Raises:
+        UnknownNameError: it is not.
+    """
+    if through not in THROUGH:
+        raise UnknownNameError("way of running a model", through, THROUGH, "--through")
+    return through
+
+
+def engine(tool: str) -> ModuleType:
+    """vLLM's side of a command. It lives in the package that may import vLLM, and is looked up here only.
 
     Raises:
         TargetUnavailableError: vLLM is not installed.
     """
-    try:
-        return importlib.import_module("vllm_integration.explain").explain
-    except ImportError as error:
-        raise TargetUnavailableError(f"--through vllm needs vLLM, which is not here ({error})") from error
+    if importlib.util.find_spec("vllm") is None:
+        raise TargetUnavailableError("--through vllm needs vLLM, which is not installed here")
+    return importlib.import_module(f"vllm_integration.{tool}")
 
 
 def model_folder(subject: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gcu_compile import backend
+from gcu_compile import backend, recording
 from gcu_compile.kernels.tolerance import TABLE, tolerance
 from gcu_compile.lowering import pipeline
 from gcu_compile.lowering.context import MatchRecord
@@ -36,8 +36,9 @@ class Culprit:
             `elsewhere` (wrong without any rule and without Inductor: a decomposition or a fused operation).
         error: largest absolute difference of the compiled result from the eager one.
         runs: compilations that it took.
-        step, rule, index, layer, node, source: of the match; empty for the other kinds. With several graphs, an
-            index may stand for one place in each; layer, node and source then name them all.
+        step, rule, index, layer, node, source: of the match; empty for the other kinds. Graphs that are equal share
+            their code: layer, node and source then name the places in all of them.
+        graph: number of the match's graph; -1 where there is only one.
         options: that the search was started with.
     """
 
@@ -50,13 +51,15 @@ class Culprit:
     layer: str = ""
     node: str = ""
     source: str = ""
+    graph: int = -1
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def remedy(self) -> dict[str, Any]:
         """What to add to the options for a right result; empty where there is nothing."""
         if self.kind == "match":
-            return {"disable_matches": [*_names(self.options.get("disable_matches")), f"{self.rule}@{self.index}"]}
+            name = f"{self.rule}@{self.index}" if self.graph < 0 else f"{self.rule}@{self.graph}.{self.index}"
+            return {"disable_matches": [*_names(self.options.get("disable_matches")), name]}
         return {"inductor": False} if self.kind == "inductor" else {}
 
     def to_json(self) -> dict[str, Any]:
@@ -64,31 +67,31 @@ class Culprit:
         return {"schema": SCHEMA, **asdict(self), "remedy": self.remedy}
 
     def __str__(self) -> str:
+        graph = f" of graph {self.graph}" if self.graph >= 0 else ""
         what = {
             "nothing": "compiled and eager results agree",
             "inductor": "Inductor's generated code is wrong; the lowered graph, run eagerly, is right",
             "several": "no single match is to blame: several wrong ones, or two that go wrong together",
             "elsewhere": "wrong without any rule and without Inductor: a decomposition or a fused operation",
-            "match": f"rule {self.rule}, match {self.index}, step {self.step}, node {self.node}"
+            "match": f"rule {self.rule}, match {self.index}{graph}, step {self.step}, node {self.node}"
             + (f", layer {self.layer}" if self.layer else "")
             + (f", {self.source}" if self.source else ""),
         }[self.kind]
         return f"{what} (largest difference {self.error:.2e}, {self.runs} compilations)"
 
 
+# Options -> the results of compiling and running with them, and the matches that fired.
+Run = Callable[[dict[str, Any]], tuple[list[torch.Tensor], list[MatchRecord]]]
+
+
 class _Search:
-    def __init__(self, fn: Callable, args: tuple[Any, ...], options: Mapping[str, Any]):
-        self.fn, self.args, self.options, self.runs = fn, args, dict(options), 0
-        self.expected = _tensors(fn(*_copies(args)))
+    def __init__(self, run: Run, expected: list[torch.Tensor], options: Mapping[str, Any]):
+        self.run, self.expected, self.options, self.runs = run, expected, dict(options), 0
 
     def wrong(self, **options: Any) -> tuple[float, list[MatchRecord]]:
         """Error beyond the tolerance (0: none), and the matches that fired."""
         self.runs += 1
-        torch.compiler.reset()
-        before = len(backend.reports)
-        compiled = torch.compile(self.fn, backend="gcu", options={**self.options, **options, "cache": False})
-        actual = _tensors(compiled(*_copies(self.args)))
-        matches = [match for report in backend.reports[before:] for match in report.matches]
+        actual, matches = self.run({**self.options, **options})
         fired = [match for match in matches if match.status == "fused" and match.by == "gcu"]
         return max(map(_breach, actual, self.expected), default=0.0), fired
 
@@ -100,26 +103,53 @@ def bisect(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None) -
         fn: deterministic; `args` are copied before each run, so that it may write to them.
         options: as for `torch.compile(backend="gcu")`; what they switch off stays off.
     """
+
+    def run(given: dict[str, Any]) -> tuple[list[torch.Tensor], list[MatchRecord]]:
+        torch.compiler.reset()
+        recording.restart_numbers()
+        before = len(backend.reports)
+        compiled = torch.compile(fn, backend="gcu", options={**given, "cache": False})
+        actual = _tensors(compiled(*_copies(args)))
+        return actual, [match for report in backend.reports[before:] for match in report.matches]
+
+    return search(run, _tensors(fn(*_copies(args))), options)
+
+
+def search(
+    run: Run, expected: list[torch.Tensor], options: Mapping[str, Any] | None = None, inductor: bool = True
+) -> Culprit:
+    """Find by halves what makes the results of `run` differ from the expected ones.
+
+    Args:
+        run: compiles and runs with the given options; graphs are numbered from 0 in each run.
+        expected: what is right.
+        options: those of every run; what they switch off stays off.
+        inductor: whether `run` can do without Inductor. If not, a difference that is there without any rule is
+            Inductor's, or that of something beside our lowering: kind `elsewhere`.
+    """
     given = dict(options or {})
-    search = _Search(fn, args, given)
-    whole, _ = search.wrong()
+    search = _Search(run, expected, given)
+    whole, fired = search.wrong()
     if not whole:
         return Culprit("nothing", 0.0, search.runs, options=given)
-    error, fired = search.wrong(inductor=False)
-    if not error:
-        return Culprit("inductor", whole, search.runs, options=given)
+    off, error = {}, whole
+    if inductor:
+        off = {"inductor": False}
+        error, fired = search.wrong(**off)
+        if not error:
+            return Culprit("inductor", whole, search.runs, options=given)
     steps = {rule.name: rule.step for rule in pipeline.all_rules()}
 
     def right_without(option: str, names: list[str]) -> bool:
-        off = [*_names(given.get(option)), *names]
-        return not search.wrong(inductor=False, **{option: off})[0]
+        without = [*_names(given.get(option)), *names]
+        return not search.wrong(**off, **{option: without})[0]
 
     if not right_without("disable_steps", list(pipeline.STEPS)):
         return Culprit("elsewhere", error, search.runs, options=given)
     for option, name in (
         ("disable_steps", lambda match: steps[match.rule]),
         ("disable_rules", lambda match: match.rule),
-        ("disable_matches", lambda match: f"{match.rule}@{match.index}"),
+        ("disable_matches", lambda match: match.name),
     ):
         suspects = list(dict.fromkeys(map(name, fired)))
         if option == "disable_steps":
@@ -127,12 +157,14 @@ def bisect(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None) -
         while len(suspects) > 1:
             later = suspects[len(suspects) // 2 :]
             suspects = later if right_without(option, later) else suspects[: len(suspects) // 2]
+        several = len({match.graph for match in fired}) > 1
         fired = [match for match in fired if name(match) in suspects]
-    if not fired or not right_without("disable_matches", [f"{fired[0].rule}@{fired[0].index}"]):
+    if not fired or not right_without("disable_matches", [fired[0].name]):
         return Culprit("several", error, search.runs, options=given)
-    layer, node, source = (_joined(getattr(match, part) for match in fired) for part in ("layer", "node", "source"))
     first = fired[0]
-    found = (steps[first.rule], first.rule, first.index, layer, node, source, given)
+    graph = first.graph if several else -1
+    layer, node, source = (_joined(getattr(match, part) for match in fired) for part in ("layer", "node", "source"))
+    found = (steps[first.rule], first.rule, first.index, layer, node, source, graph, given)
     return Culprit("match", error, search.runs, *found)
 
 
@@ -145,15 +177,20 @@ def _names(value: Any) -> list[str]:
     return [name for name in value.split(",") if name] if isinstance(value, str) else list(value or ())
 
 
-def script(culprit: Culprit, case: str, function: str) -> str:
+def script(culprit: Culprit, case: str, function: str, module: str = __name__) -> str:
     """A stand-alone script that fails as it is and passes with `--without` the culprit.
 
     Args:
-        case: source text that defines `function`, which returns (fn, args).
+        case: source text that defines `function`, which returns (subject, args).
+        module: whose `bisect(subject, *args, options)` found it.
     """
-    without = {**culprit.options, **culprit.remedy}
     return SCRIPT.format(
-        culprit=str(culprit).replace("\\", "/"), case=case, function=function, options=culprit.options, without=without
+        culprit=str(culprit).replace("\\", "/"),
+        case=case,
+        function=function,
+        module=module,
+        options=culprit.options,
+        without={**culprit.options, **culprit.remedy},
     )
 
 
@@ -168,10 +205,10 @@ SCRIPT = '''"""{culprit}
 if __name__ == "__main__":
     import sys
 
-    from gcu_compile.debug.bisect import bisect
+    from {module} import bisect
 
-    fn, args = {function}()
-    found = bisect(fn, *args, options={without} if "--without" in sys.argv else {options})
+    subject, args = {function}()
+    found = bisect(subject, *args, options={without} if "--without" in sys.argv else {options})
     print(found)
     sys.exit(found.kind != "nothing")
 '''

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gcu_compile import backend, torch_private
+from gcu_compile import backend, recording, torch_private
 from gcu_compile.generated import Kernel
 from gcu_compile.kernels import registry
 from gcu_compile.lowering.context import GraphReport, MatchRecord
@@ -114,12 +114,12 @@ class Watch:
             if graph.steps:
                 operations.update(graph.steps[-1].ops_after)
         kernels: Counter[tuple[str, str]] = Counter()
-        for kernel in (kernel for recording in recordings for graph in recording.kernels for kernel in graph):
+        for kernel in (kernel for one in recordings for graph in one.kernels for kernel in graph):
             kernels[kernel.name, kernel.by] += kernel.calls
         seconds: Counter[str] = Counter()
         # A hit has the seconds of the compilation that made its code; those count once.
-        for recording in {recording.key or number: recording for number, recording in enumerate(recordings)}.values():
-            seconds.update(recording.seconds)
+        for one in {one.key or number: one for number, one in enumerate(recordings)}.values():
+            seconds.update(one.seconds)
         return Explanation(
             graphs=graphs,
             graph_breaks=dict(torch_private.graph_breaks() - self._breaks),
@@ -143,6 +143,7 @@ def explain(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None, 
         options: as for `torch.compile(backend="gcu")`.
     """
     torch.compiler.reset()
+    recording.restart_numbers()
     expected = fn(*args, **kwargs)
     watch = Watch()
     actual = torch.compile(fn, backend="gcu", options=dict(options or {}))(*args, **kwargs)

@@ -31,6 +31,7 @@ class Match(Strict):
 
     rule: str = Field(description="name of the rule")
     index: int = Field(description="of the place among the rule's in this graph; `rule@index` switches it off")
+    graph: int = Field(description="number of the compiled graph; `rule@graph.index` switches it off there alone")
     layer: str = Field(description="path of the innermost module; empty where none is known")
     node: str = Field(description="name of the anchor node")
     status: Literal["fused", "skipped", "near_miss", "disabled"] = Field(description="what came of it")
@@ -97,6 +98,7 @@ class Bisect(Strict):
     step: str = Field(description="of the rule")
     rule: str = Field(description="whose match is wrong; empty for other kinds, as what follows")
     index: int = Field(description="of the match; -1 for other kinds")
+    graph: int = Field(description="number of its graph; -1 for other kinds, and where there is only one graph")
     layer: str = Field(description="path of the module")
     node: str = Field(description="anchor node")
     source: str = Field(description="`file.py:line` of the model's code")

@@ -31,7 +31,8 @@ class StepRecord:
 class MatchRecord:
     """One place where a rule looked. `status`: fused (with what), skipped (the guard's reason), near_miss (what did
     not match), disabled (by the user). `index` counts the rule's anchors in the graph, from 0. `by`: who makes
-    the code of a fused place, gcu (the graph was rewritten) or inductor (the chain was left whole for it)."""
+    the code of a fused place, gcu (the graph was rewritten) or inductor (the chain was left whole for it). `graph`:
+    the number of the compiled graph in this process, from 0."""
 
     rule: str
     index: int
@@ -41,6 +42,12 @@ class MatchRecord:
     reason: str = ""
     source: str = ""
     by: str = "gcu"
+    graph: int = 0
+
+    @property
+    def name(self) -> str:
+        """What option `disable_matches` calls this place, in this graph alone."""
+        return f"{self.rule}@{self.graph}.{self.index}"
 
 
 @dataclass
@@ -76,9 +83,10 @@ class GraphReport:
 
 @dataclass
 class Context:
-    """Options and target of a run, its report, and observers called before and after every step."""
+    """Options and target of a run, its report, observers called before and after every step, the graph's number."""
 
     options: Options
     target: str
     report: GraphReport = field(default_factory=GraphReport)
     observers: list[Observer] = field(default_factory=list)
+    graph: int = 0

@@ -76,7 +76,7 @@ def _run(step: str, gm: torch.fx.GraphModule, context: Context) -> None:
 
 def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
     """Try `rule` at each of its anchors, in graph order, and record what came of it."""
-    options, records = context.options, context.report.matches
+    options, records, off = context.options, context.report.matches, set(context.options.disable_matches)
     index = -1
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in rule.anchors:
@@ -85,13 +85,14 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
         if match is None:
             continue
         index += 1
-        record = MatchRecord(rule.name, index, layer_of(node), node.name, "fused", source=source_line(node))
+        where = {"source": source_line(node), "graph": context.graph}
+        record = MatchRecord(rule.name, index, layer_of(node), node.name, "fused", **where)
         records.append(record)
         if isinstance(match, Refusal):
             record.status, record.reason = ("near_miss" if match.near else "skipped"), match.reason
         elif rule.opt_in and rule.name not in options.enable_rules:
             record.status, record.reason = "disabled", "opt-in: name it in enable_rules"
-        elif rule.name in options.disable_rules or f"{rule.name}@{index}" in options.disable_matches:
+        elif rule.name in options.disable_rules or {f"{rule.name}@{index}", record.name} & off:
             record.status, record.reason = "disabled", "switched off by an option"
         elif reason := rule.guard(match):
             record.status, record.reason = "skipped", reason

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from gcu_compile import backend
+from gcu_compile import backend, recording
 from gcu_compile.cache.doctor import diagnose
 from gcu_compile.cache.store import Entry, Store
 from gcu_compile.errors import UnknownNameError
@@ -28,6 +28,7 @@ def compiled(tmp_path, monkeypatch):
 
     def run(function=fn, x=X, **options):
         torch.compiler.reset()
+        recording.restart_numbers()
         with torch.no_grad():
             assert torch.equal(torch.compile(function, backend="gcu", options=options)(x), function(x))
         return backend.recordings[-1]

@@ -198,6 +198,29 @@ def test_arguments_that_are_written_to_are_copied():
     assert bisect(fn, x).kind == "nothing" and torch.equal(x, torch.zeros(3))
 
 
+def test_one_of_several_graphs_is_named(monkeypatch):
+    """The same place of the same rule is right in the first graph and wrong in the second."""
+
+    def build(graph, node, match):
+        wrong = any(other.target is aten.cos.default for other in graph.nodes)
+        new = graph.call_function(aten.tan.default if wrong else node.target, node.args)
+        new.meta.update(node.meta)
+        return new
+
+    rule = Rule("late", "attention", (aten.sin.default,), lambda node: node, build, torch.sin)
+    monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), rule))
+
+    def fn(x):
+        x = x.sin() * 2
+        torch._dynamo.graph_break()
+        return x.sin() + x.cos()
+
+    found = bisect(fn, torch.ones(2, 3), options={"inductor": False})
+    assert (found.kind, found.rule, found.graph, found.index) == ("match", "late", 1, 0)
+    assert found.remedy == {"disable_matches": ["late@1.0"]} and "match 0 of graph 1" in str(found)
+    assert bisect(fn, torch.ones(2, 3), options={"inductor": False, **found.remedy}).kind == "nothing"
+
+
 def test_two_wrong_matches_are_not_blamed_on_one(monkeypatch):
     rules = [planted("first", aten.mul.Tensor, 2, wrong_scale), planted("second", aten.tanh.default, 4, stale_cast)]
     monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), *rules))

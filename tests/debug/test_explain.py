@@ -149,6 +149,6 @@ def test_a_way_that_is_not_here_is_named(tmp_path, monkeypatch):
 
     with pytest.raises(UnknownNameError, match="Did you mean 'vllm'"):
         command.explain("anything", through="vlm")
-    monkeypatch.setitem(sys.modules, "vllm_integration.explain", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(TargetUnavailableError, match="needs vLLM"):
-        command.engine()
+        command.engine("explain")
