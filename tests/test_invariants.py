@@ -122,3 +122,29 @@ def test_inv_7_no_64_bit_for_the_card():
 def test_inv_8_provenance():
     gm = planted(torch.ops.aten.sin.default, ((2, 3), "cpu"))
     assert "INV-8: node sin_default (made by rule planted) has lost where it comes from" in violation(gm)
+
+
+def test_inv_3_is_asked_once_for_equal_arguments_and_held_against_every_node(monkeypatch):
+    from dataclasses import replace
+
+    from gcu_compile.kernels import registry
+
+    asked = []
+    op = registry.OPS["attention"]
+    counted = replace(op, eager=lambda *args, **kwargs: asked.append(args) or op.eager(*args, **kwargs))
+    monkeypatch.setitem(registry.OPS, "attention", counted)
+    shape, meanings = (1, 2, 3, 4), {}
+    gm = planted(torch.ops.gcu.attention.default, (shape, "cpu"), (shape, "cpu"), (shape, "cpu"), stack_trace="m.py")
+    (node,) = (n for n in gm.graph.nodes if n.op == "call_function")
+    node.kwargs = {"scale": 1.0}
+    before = invariants.signature(gm)
+    for _ in range(3):
+        invariants.check(gm, "step", before, meanings)
+    assert len(asked) == 1
+    node.kwargs = {"scale": 2.0}
+    invariants.check(gm, "step", before, meanings)
+    assert len(asked) == 2
+    node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+    with pytest.raises(InvariantViolation, match="INV-3"):
+        invariants.check(gm, "step", before, meanings)
+    assert len(asked) == 2

@@ -31,11 +31,12 @@ def lower(gm: torch.fx.GraphModule, context: Context) -> None:
     """
     check_names(context)
     spread(gm.graph)
+    meanings: dict = {}
     for step in STEPS:
         if step in WHOLE and context.target not in WHOLE[step][1]:
             continue
         if step not in context.options.disable_steps:
-            _run(step, gm, context)
+            _run(step, gm, context, meanings)
 
 
 def check_names(context: Context) -> None:
@@ -52,7 +53,7 @@ def check_names(context: Context) -> None:
                 raise UnknownNameError(kind, name, valid)
 
 
-def _run(step: str, gm: torch.fx.GraphModule, context: Context) -> None:
+def _run(step: str, gm: torch.fx.GraphModule, context: Context, meanings: dict) -> None:
     for observe in context.observers:
         observe(step, gm, "before")
     before, nodes = op_counts(gm), len(gm.graph.nodes)
@@ -69,7 +70,7 @@ def _run(step: str, gm: torch.fx.GraphModule, context: Context) -> None:
         StepRecord(step, seconds, nodes, len(gm.graph.nodes), dict(before), dict(op_counts(gm)))
     )
     if context.options.check_invariants:
-        invariants.check(gm, step, outputs)
+        invariants.check(gm, step, outputs, meanings)
     for observe in context.observers:
         observe(step, gm, "after")
 
