@@ -10,20 +10,16 @@ What these do not cover goes through vLLM's own in float32; that is logged once 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from gcu_compile.kernels.sampling import rejection_eager
-from vllm_integration.sampler import GcuSampler, settings
+from vllm_integration.chain import Rows
+from vllm_integration.sampler import GcuSampler, logprobs_tensors
 
 
 class GcuRejectionSampler(RejectionSampler):
@@ -42,96 +38,54 @@ class GcuRejectionSampler(RejectionSampler):
         if reason is not None:
             self.sampler.count_fallback(reason)
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
-        request, place = rows_of(metadata, len(logits))
-
-        def take(which: torch.Tensor) -> dict[str, torch.Tensor]:
-            of, at = request[which], place[which]
-            rows = expand(sampling_metadata, metadata, of, at)
-            return settings(rows, len(which), logits.shape[1], min_tokens(sampling_metadata, of, at))
-
+        rows, device = rows_of(metadata), logits.device
+        take = self.sampler.settings
         seeds, positions = self.sampler.randomness(sampling_metadata, len(metadata.num_draft_tokens))
-        seeds, positions = seeds[request], positions[request] + place
-        drafts, bonus = metadata.target_logits_indices.long(), metadata.bonus_logits_indices.long()
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), metadata.cu_num_draft_tokens.long()])
+        owner, place = torch.from_numpy(rows.request), torch.from_numpy(rows.place)
+        seeds, positions = seeds[owner].to(device), (positions[owner] + place).to(device)
+        is_bonus = rows.place == np.array(metadata.num_draft_tokens)[rows.request]
+        drafts, bonus = (torch.from_numpy(np.flatnonzero(part)).to(device) for part in (~is_bonus, is_bonus))
+        offsets = torch.from_numpy(np.cumsum([0, *metadata.num_draft_tokens])).to(device)
         ids, length = metadata.draft_token_ids.long(), metadata.max_spec_len
         if draft_probs is None:
-            found = torch.ops.gcu.sample(logits, seeds, positions, **take(torch.arange(len(logits))))
+            asked = take(sampling_metadata, logits, rows)
+            found = torch.ops.gcu.sample(logits, seeds, positions, **asked)
             tokens = rejection_eager.assemble(found[drafts], ids, offsets, found[bonus], length)
         else:
-            found = torch.ops.gcu.sample(logits[bonus], seeds[bonus], positions[bonus], **take(bonus))
-            tokens = torch.ops.gcu.rejection_sample(
-                logits[drafts],
-                ids,
-                offsets,
-                found,
-                seeds[drafts],
-                positions[drafts],
-                length,
-                draft_probs,
-                **take(drafts),
-            )
-        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32), logprobs_tensors=None)
+            bonus_logits, draft_logits = logits[bonus], logits[drafts]
+            asked = take(sampling_metadata, bonus_logits, rows.take(is_bonus))
+            found = torch.ops.gcu.sample(bonus_logits, seeds[bonus], positions[bonus], **asked)
+            asked = take(sampling_metadata, draft_logits, rows.take(~is_bonus))
+            numbers = seeds[drafts], positions[drafts], length, draft_probs
+            tokens = torch.ops.gcu.rejection_sample(draft_logits, ids, offsets, found, *numbers, **asked)
+        return SamplerOutput(
+            sampled_token_ids=tokens.to(torch.int32),
+            logprobs_tensors=self._scores(metadata, logits, tokens, sampling_metadata, rows),
+        )
+
+    def _scores(self, metadata: SpecDecodeMetadata, logits, tokens, sampling_metadata: SamplingMetadata, rows: Rows):
+        """Scores of each of `tokens` [requests, length + 1], of token 0 where there is none; vLLM leaves those out."""
+        if sampling_metadata.max_num_logprobs is None:
+            return None
+        first = np.cumsum(metadata.num_draft_tokens) - metadata.num_draft_tokens + np.arange(len(tokens))
+        each = np.minimum(first[:, None] + np.arange(tokens.shape[1]), len(logits) - 1).flatten()
+        shown = logits[torch.from_numpy(each).to(logits.device)]
+        mode = self.sampler.logprobs_mode
+        asked = self.sampler.settings(sampling_metadata, shown, rows.take(each)) if mode.startswith("processed") else {}
+        return logprobs_tensors(shown, tokens.flatten().clamp(min=0), sampling_metadata, mode, asked)
 
     def refuses(self, metadata: SamplingMetadata) -> str | None:
         """Why this batch cannot go through our operations, or None."""
         if self.synthetic_mode:
             return "synthetic acceptance rates"
-        if metadata.max_num_logprobs is not None or metadata.logprob_token_ids:
-            return "log-probabilities together with speculative decoding"
-        return self.sampler.refuses(metadata, self.sampler.logprobs_mode)
+        if metadata.logprob_token_ids:
+            return "logprob_token_ids together with speculative decoding"
+        return self.sampler.refuses(metadata)
 
 
-def rows_of(metadata: SpecDecodeMetadata, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of logits its request, and its place among the request's drafts (the bonus row: their number)."""
-    counts = torch.tensor(metadata.num_draft_tokens)
-    request, place = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-    each = torch.arange(len(counts))
-    owner = each.repeat_interleave(counts)
-    drafts, bonus = metadata.target_logits_indices.long(), metadata.bonus_logits_indices.long()
-    request[drafts], request[bonus] = owner, each
-    place[drafts], place[bonus] = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner], counts
-    return request, place
-
-
-def expand(
-    metadata: SamplingMetadata, spec: SpecDecodeMetadata, request: torch.Tensor, place: torch.Tensor
-) -> SamplingMetadata:
-    """What each row's request asks for; a row's output holds the drafts before it. Processors are left out: of those
-    that vLLM allows with drafts, only min_tokens counts, see `min_tokens`."""
-
-    def of_row(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value[request]
-
-    outputs, words = metadata.output_token_ids, metadata.bad_words_token_ids
-    if words or not metadata.no_penalties:
-        drafts = np.split(spec.draft_token_ids.numpy(), np.cumsum(spec.num_draft_tokens)[:-1])
-        pairs = zip(request.tolist(), place.tolist(), strict=True)
-        outputs = [[*outputs[owner], *drafts[owner][:before].tolist()] for owner, before in pairs]
-    return replace(
-        metadata,
-        temperature=of_row(metadata.temperature),
-        top_p=of_row(metadata.top_p),
-        top_k=of_row(metadata.top_k),
-        prompt_token_ids=of_row(metadata.prompt_token_ids),
-        frequency_penalties=of_row(metadata.frequency_penalties) if not metadata.no_penalties else None,
-        presence_penalties=of_row(metadata.presence_penalties) if not metadata.no_penalties else None,
-        repetition_penalties=of_row(metadata.repetition_penalties) if not metadata.no_penalties else None,
-        output_token_ids=outputs,
-        allowed_token_ids_mask=of_row(metadata.allowed_token_ids_mask),
-        bad_words_token_ids={row: words[owner] for row, owner in enumerate(request.tolist()) if owner in words},
-        logitsprocs=LogitsProcessors(),
-    )
-
-
-def min_tokens(metadata: SamplingMetadata, request: torch.Tensor, place: torch.Tensor) -> list[Any]:
-    """(rows, ids, -inf) for the stop tokens of requests that are too short yet, counting the drafts before a row."""
-    found = [
-        (row, stop)
-        for processor in metadata.logitsprocs.non_argmax_invariant
-        if isinstance(processor, MinTokensLogitsProcessor)
-        for row, (owner, before) in enumerate(zip(request.tolist(), place.tolist(), strict=True))
-        if owner in processor.min_toks and len(processor.min_toks[owner][1]) + before < processor.min_toks[owner][0]
-        for stop in processor.min_toks[owner][2]
-    ]
-    pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
-    return [(pairs[:, 0], pairs[:, 1], np.full(len(pairs), -np.inf, dtype=np.float32))] if found else []
+def rows_of(metadata: SpecDecodeMetadata) -> Rows:
+    """The rows of logits: each request's drafts, then its bonus row."""
+    counts = np.array(metadata.num_draft_tokens)
+    request = np.repeat(np.arange(len(counts)), counts + 1)
+    first = np.cumsum(counts + 1) - (counts + 1)
+    return Rows(request, np.arange(len(request)) - first[request])

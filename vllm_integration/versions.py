@@ -5,7 +5,7 @@ Each difference is told by what is there, not by a version number: a card's vend
     where the API server finds `serve_http`           `SERVERS`
     the name of an attention backend from outside     `register_attention`
     how a backend names its cache's layout and size   `cache_interface`
-    stop tokens that `min_tokens` gives back          `restores_stop_tokens`
+    stop tokens that `min_tokens` gives back          `stop_entry`
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def register_attention(name: str, backend: str) -> str:
     return name
 
 
-def restores_stop_tokens(processor: Any) -> bool:
-    """Whether vLLM's `MinTokensLogitsProcessor` may give stop tokens back to rows that structured outputs leave nothing
-    else; 0.26 never does."""
-    where = getattr(processor, "restore_logits_slice", None)
-    return where is not None and bool(where[0].numel())
+def stop_entry(entry: tuple) -> tuple[int, list[int], set[int], bool]:
+    """What `MinTokensLogitsProcessor` keeps of a request: least length, output, stop tokens, and whether it gives them
+    back to rows that structured outputs leave nothing else; 0.26 has no word of the last and never does."""
+    least, output, stops, *restores = entry
+    return least, output, stops, any(restores)
 
 
 def cache_interface(scale_bytes: int) -> type:

@@ -3,13 +3,13 @@
 #include <memory>
 #include <vector>
 
-#include "sampling/row.h"
+#include "sampling/scores.h"
 
 namespace {
 
 constexpr int64_t WORTH_SPLITTING = 1 << 15;  // logits of a row; below, waking a second thread costs more
 
-enum Fault : int32_t { FINE = 0, BIAS_OFFSETS, BIAS_IDS, HISTORY_OFFSETS, HISTORY_IDS };
+enum Fault : int32_t { FINE = 0, BIAS_OFFSETS, BIAS_IDS, HISTORY_OFFSETS, HISTORY_IDS, TOKENS };
 
 // Flat lists cut by offsets: whether they can be walked without leaving memory.
 int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t rows, int64_t vocab, int32_t fault) {
@@ -22,31 +22,47 @@ int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t
   return inside ? FINE : fault + 1;
 }
 
-}  // namespace
+int32_t check(const Arguments* in) {
+  int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, BIAS_OFFSETS);
+  if (fault) return fault;
+  return check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, HISTORY_OFFSETS);
+}
 
-extern "C" int32_t gcu_sample(const Arguments* in) {
-  if (int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, BIAS_OFFSETS)) {
-    return fault;
-  }
-  if (int32_t fault =
-          check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, HISTORY_OFFSETS)) {
-    return fault;
-  }
+// `body(row, scratches, threads)` of every row: rows over the threads, or, for few of them, each row over all threads.
+template <class Body>
+void each_row(const Arguments& in, Body body) {
   // Kept for the calling thread's next call; not shared between callers.
   static thread_local std::vector<std::unique_ptr<Scratch>> owned;
-  int threads = in->rows * in->vocab < WORTH_SPLITTING ? 1 : in->threads;
+  int threads = in.rows * in.vocab < WORTH_SPLITTING ? 1 : in.threads;
   while (int(owned.size()) < threads) owned.push_back(std::make_unique<Scratch>());
   std::vector<Scratch*> pool;
   for (auto& scratch : owned) pool.push_back(scratch.get());
-  if (in->rows >= threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t row = 0; row < in->rows; ++row) {
-      Scratch* own = pool[omp_get_thread_num()];
-      in->ids[row] = Row(*in, row, &own, 1).sample();
-    }
-  } else {
-    for (int64_t row = 0; row < in->rows; ++row) in->ids[row] = Row(*in, row, pool.data(), threads).sample();
+  if (in.rows < threads) {
+    for (int64_t row = 0; row < in.rows; ++row) body(row, pool.data(), threads);
+    return;
   }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (int64_t row = 0; row < in.rows; ++row) body(row, &pool[omp_get_thread_num()], 1);
+}
+
+}  // namespace
+
+extern "C" int32_t gcu_sample(const Arguments* in) {
+  if (int32_t fault = check(in)) return fault;
+  each_row(*in, [&](int64_t row, Scratch* const* pool, int threads) {
+    in->ids[row] = Row(*in, row, pool, threads).sample();
+  });
+  return FINE;
+}
+
+extern "C" int32_t gcu_logprobs(const Arguments* in, const Scored* out) {
+  if (int32_t fault = check(in)) return fault;
+  for (int64_t i = 0; i < in->rows * out->given; ++i) {
+    if (out->tokens[i] < 0 || out->tokens[i] >= in->vocab) return TOKENS;
+  }
+  each_row(*in, [&](int64_t row, Scratch* const* pool, int threads) {
+    Scores(*in, row, pool, threads).write_to(*out);
+  });
   return FINE;
 }
 

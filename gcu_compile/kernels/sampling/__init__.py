@@ -1,5 +1,5 @@
-"""`torch.ops.gcu.sample` and `rejection_sample`: the logits chain as one operation, without a sort and in the logits'
-own precision."""
+"""`torch.ops.gcu.sample`, `rejection_sample` and `logprobs`: the logits chain as one operation, without a sort and in
+the logits' own precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import sample as host
-from gcu_compile.kernels.sampling import eager, rejection_eager
+from gcu_compile.kernels.sampling import eager, logprobs_eager, rejection_eager
 from gcu_compile.kernels.triton import sample as triton
 
 SETTINGS = (
@@ -29,29 +29,32 @@ SETTINGS = (
 )
 
 
-def check(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings) -> None:
+PER_ROW = ("temperature", "top_k", "top_p", "min_p")
+PENALTIES = ("repetition", "frequency", "presence")
+ROWS = frozenset((*PER_ROW, *PENALTIES, "seeds", "positions"))
+
+
+def check(operation: str, logits: torch.Tensor, asked: dict[str, torch.Tensor | None]) -> None:
     """Raise `InvalidInputError` for shapes that no kernel can take. It runs in every step and touches no values."""
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise InvalidInputError(f"gcu::sample: logits are {tuple(logits.shape)}, expected [rows, vocab]")
-    rows = logits.shape[0]
-    per_row = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    per_row |= {"seeds": seeds, "positions": positions}
-    if settings.get("history_offsets") is not None:
-        per_row |= {name: settings.get(name) for name in ("repetition", "frequency", "presence")}
-        if any(per_row[name] is None for name in ("repetition", "frequency", "presence")):
-            raise InvalidInputError("gcu::sample: a history needs repetition, frequency and presence")
-    for name, value in per_row.items():
-        if value is not None and value.shape != (rows,):
-            raise InvalidInputError(f"gcu::sample: {name} is {tuple(value.shape)}, expected [{rows}]")
-    forbidden = settings.get("forbidden")
-    if forbidden is not None and forbidden.shape != logits.shape:
-        raise InvalidInputError(f"gcu::sample: forbidden is {tuple(forbidden.shape)}, expected {tuple(logits.shape)}")
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise InvalidInputError(f"gcu::{operation}: logits are {tuple(shape)}, expected [rows, vocab]")
+    for name, value in asked.items():
+        if value is not None and name in ROWS and value.shape != shape[:1]:
+            raise InvalidInputError(f"gcu::{operation}: {name} is {tuple(value.shape)}, expected [{shape[0]}]")
+    forbidden = asked.get("forbidden")
+    if forbidden is not None and forbidden.shape != shape:
+        raise InvalidInputError(f"gcu::{operation}: forbidden is {tuple(forbidden.shape)}, expected {tuple(shape)}")
     for kind, values in (("bias", "bias_values"), ("history", "history_counts")):
-        offsets, ids, other = (settings.get(n) for n in (f"{kind}_offsets", f"{kind}_ids", values))
+        offsets = asked.get(f"{kind}_offsets")
         if offsets is None:
             continue
-        if offsets.shape != (rows + 1,) or ids is None or other is None or ids.shape != other.shape:
-            raise InvalidInputError(f"gcu::sample: {kind}_offsets, {kind}_ids and {values} do not fit together")
+        if kind == "history" and any(asked.get(name) is None for name in PENALTIES):
+            raise InvalidInputError(f"gcu::{operation}: a history needs repetition, frequency and presence")
+        ids, other = asked.get(f"{kind}_ids"), asked.get(values)
+        if offsets.shape != (shape[0] + 1,) or ids is None or other is None or ids.shape != other.shape:
+            names = f"{kind}_offsets, {kind}_ids and {values}"
+            raise InvalidInputError(f"gcu::{operation}: {names} do not fit together")
 
 
 def check_lists(rows: int, vocab: int, settings: dict[str, torch.Tensor | None]) -> None:
@@ -77,19 +80,24 @@ def _named(function):
     return call
 
 
+def _by_logits(refuses):
+    """What refuses by the logits alone, for calls with all arguments."""
+    return lambda logits, *args, **kwargs: refuses(logits)
+
+
 def _run(logits, **settings):
-    check(logits, **settings)
+    check("sample", logits, settings)
     return host.run(logits, **settings)
 
 
 def _run_triton(logits, **settings):
-    check(logits, **settings)
+    check("sample", logits, settings)
     return triton.run(logits, **settings)
 
 
 def _eager(logits, **settings):
     if not isinstance(logits, torch._subclasses.FakeTensor):  # a fake tensor has no values to check
-        check(logits, **settings)
+        check("sample", logits, settings)
         check_lists(*logits.shape, settings)
     return eager.sample(logits, **settings)
 
@@ -103,8 +111,8 @@ SAMPLE = registry.register(
         eager=_named(_eager),
         fake=lambda logits, *args, **kwargs: logits.new_empty(logits.shape[:1], dtype=torch.int64),
         implementations=(
-            registry.Implementation("host_cpp", ("cpu",), _named(_run), _named(host.refuses)),
-            registry.Implementation("triton", ("cuda", "gcu"), _named(_run_triton), _named(triton.refuses)),
+            registry.Implementation("host_cpp", ("cpu",), _named(_run), _by_logits(host.refuses)),
+            registry.Implementation("triton", ("cuda", "gcu"), _named(_run_triton), _by_logits(triton.refuses)),
         ),
     )
 )
@@ -141,7 +149,7 @@ def _reject(run):
         asked = {"seeds": seeds, "positions": positions, **dict(zip(SETTINGS, rest, strict=False)), **named}
         probabilities = asked.pop("draft_probabilities", probabilities)
         real = not isinstance(logits, torch._subclasses.FakeTensor)
-        check(logits, **asked)
+        check("rejection_sample", logits, asked)
         check_drafts(logits, draft_ids, draft_offsets, bonus_ids, length, probabilities, real)
         found = run(logits, draft_ids=draft_ids, draft_probabilities=probabilities, **asked)
         return rejection_eager.assemble(found, draft_ids.long(), draft_offsets, bonus_ids, length)
@@ -184,10 +192,58 @@ REJECTION_SAMPLE = registry.register(
             (bonus.shape[0], length + 1), dtype=torch.int64
         ),
         implementations=(
-            registry.Implementation(
-                "host_cpp", ("cpu",), _reject(_host_tokens), lambda logits, *args, **kwargs: host.refuses(logits)
-            ),
+            registry.Implementation("host_cpp", ("cpu",), _reject(_host_tokens), _by_logits(host.refuses)),
             registry.Implementation("triton", ("cuda", "gcu"), _reject(_triton_tokens), _refuses_triton_tokens),
+        ),
+    )
+)
+
+
+def check_tokens(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> None:
+    """Raise `InvalidInputError` for tokens that do not fit the logits; touches no values."""
+    if token_ids.dim() != 2 or token_ids.shape[0] != logits.shape[0] or token_ids.shape[1] == 0 or count < 0:
+        shapes = f"{tuple(token_ids.shape)}, expected [{logits.shape[0]}, 1 or more]; count is {count}"
+        raise InvalidInputError(f"gcu::logprobs: token_ids is {shapes}")
+
+
+def _scored(run):
+    def call(logits, token_ids, count, normalised, *values, **settings):
+        asked = dict(zip(SETTINGS, values, strict=False)) | settings
+        check("logprobs", logits, asked)
+        check_tokens(logits, token_ids, count)
+        return run(logits, token_ids, count, normalised, **asked)
+
+    return call
+
+
+def _logprobs(logits, token_ids, count, normalised, **asked):
+    if not isinstance(logits, torch._subclasses.FakeTensor):
+        check_lists(*logits.shape, asked)
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < logits.shape[1]:
+            raise InvalidInputError(f"gcu::logprobs: token_ids leave the vocabulary of {logits.shape[1]}")
+    return logprobs_eager.logprobs(logits, token_ids, count, normalised, **asked)
+
+
+def _fake_logprobs(logits, token_ids, count, *args, **kwargs):
+    width = token_ids.shape[1] + torch.sym_min(count, logits.shape[1])
+    return (
+        logits.new_empty((logits.shape[0], width), dtype=torch.int32),
+        logits.new_empty((logits.shape[0], width), dtype=torch.float32),
+        logits.new_empty(logits.shape[:1], dtype=torch.int64),
+    )
+
+
+LOGPROBS = registry.register(
+    registry.FusedOp(
+        "logprobs",
+        "(Tensor logits, Tensor token_ids, SymInt count, bool normalised, "
+        + ", ".join(f"Tensor? {name}=None" for name in SETTINGS)
+        + ") -> (Tensor, Tensor, Tensor)",
+        eager=_scored(_logprobs),
+        fake=_fake_logprobs,
+        accumulation=lambda logits, *args, **kwargs: logits.shape[1],
+        implementations=(
+            registry.Implementation("host_cpp", ("cpu",), _scored(host.run_logprobs), _by_logits(host.refuses)),
         ),
     )
 )

@@ -1,14 +1,14 @@
-// What Python hands over. Field order is that of `Arguments` in host/sample.py; null pointers: not asked for.
+// What Python hands over, 8 bytes a field in the order of FIELDS in host/sample.py; null pointers: not asked for.
 #pragma once
 
 #include <cstdint>
 
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
 struct Arguments {
   const void* logits;  // [rows, vocab], `stride` elements from row to row
   int64_t rows, vocab, stride;
-  int32_t dtype, threads;
+  int64_t dtype, threads;
   const float* temperature;  // [rows]
   const int32_t* top_k;      // [rows]; 0 or >= vocab: all
   const float* top_p;        // [rows]

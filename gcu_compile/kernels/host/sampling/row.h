@@ -9,22 +9,15 @@
 // error makes the row `unsure`, and it is done again in float64: the result is always the one of float64.
 #pragma once
 
-#include <omp.h>
-
+#include "passes.h"
 #include "philox.h"
-#include "scratch.h"
 #include "verify.h"
 
-constexpr float NONE = std::numeric_limits<float>::quiet_NaN();  // as an upper limit: z >= NONE is false
 constexpr float GREEDY = 1e-5f;  // temperatures below mean greedy, as in vLLM
 
-class Row {
+class Row : public Passes {
  public:
-  // `pool`: a scratch per thread that works on this row.
-  Row(const Arguments& in, int64_t row, Scratch* const* pool, int threads)
-      : in_(in), row_(row), logits_(in, row), blocks_(logits_.blocks()), pool_(pool), threads_(threads), own_(*pool[0]) {
-    own_.resize(blocks_);
-  }
+  using Passes::Passes;
 
   int64_t sample() {
     maximum();
@@ -35,8 +28,17 @@ class Row {
     return unsure_ ? chain(temperature, true) : id;
   }
 
- private:
+ protected:
   int64_t chain(float temperature, bool exact) {
+    Kept kept = cut(temperature, exact);
+    write(kept);
+    if (in_.draft_probabilities) return Verify(in_, row_, logits_, weights_, kept, own_).token();
+    double u = uniform(in_.seeds[row_], in_.positions[row_]);
+    return complete_ ? draw_candidates(u) : draw_blocks(kept, u);
+  }
+
+  // What min-p, top-k and top-p keep.
+  Kept cut(float temperature, bool exact) {
     unsure_ = complete_ = blocks_weighed_ = false;
     total_ = -1;
     weights_ = Weights(max_, temperature, -FLT_MAX, true);
@@ -46,32 +48,12 @@ class Row {
     int64_t k = in_.top_k ? in_.top_k[row_] : 0;
     double p = in_.top_p ? in_.top_p[row_] : 1.0;
     if (k > 0 && k < in_.vocab) kept = limit_count(kept, k);
-    if (p < 1.0) kept = limit_mass(kept, p);
-    write(kept);
-    if (in_.draft_probabilities) return Verify(in_, row_, logits_, weights_, kept, own_).token();
-    double u = uniform(in_.seeds[row_], in_.positions[row_]);
-    return complete_ ? draw_candidates(u) : draw_blocks(kept, u);
+    return p < 1.0 ? limit_mass(kept, p) : kept;
   }
 
-  template <class Body>
-  void each_block(Body body) {
-    if (threads_ == 1) {
-      for (int64_t b = 0; b < blocks_; ++b) body(b, own_.block, logits_.load(b, own_.block), own_);
-      return;
-    }
-#pragma omp parallel num_threads(threads_)
-    {
-      int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-      Scratch& scratch = *pool_[t];
-      for (int64_t b = blocks_ * t / of; b < blocks_ * (t + 1) / of; ++b) {
-        body(b, scratch.block, logits_.load(b, scratch.block), scratch);
-      }
-    }
-  }
-
-  void maximum() {
-    each_block([&](int64_t b, const float* z, int n, Scratch&) { own_.maxima[b] = own_.groups.take(b, z, n); });
-    max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
+  Kept settle(float temperature) {
+    Kept kept = cut(temperature, false);
+    return unsure_ ? cut(temperature, true) : kept;
   }
 
   int64_t first_of_maximum() {
@@ -105,7 +87,7 @@ class Row {
       total_ = 0;
       for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
     } else if (within.last != ALL_TIES) {
-      total_ = weigh_blocks(within);
+      total_ = weigh_blocks(within, false);
     }
     return select(within, &weights_, [&](int64_t count, double mass) { return count > 0 && excess(mass, p) >= 0; },
                   [p](const Guess& guess, int32_t low, int32_t high) { return guess.mass(p, low, high, ROOM * 3 / 4); });
@@ -113,10 +95,12 @@ class Row {
 
   // The sign of mass - share * total_. Both sums hold the same weights, so that an error in one is an error in the
   // other: what counts is (1 - share) * mass against share * rest.
-  double excess(double mass, double share) {
+  // `shared`: mass that the whole knows by a quick sum and `mass` by another.
+  double excess(double mass, double share, double shared = 0) {
     if (!weights_.narrow) return mass - share * total_;
     double in = (1 - share) * mass, out = share * (total_ - mass);
-    double error = Weights::ERROR * (std::fabs(in) + std::fabs(out)) + total_ * double(BLOCK + blocks_) * 0x1p-53;
+    double error = Weights::SUMMED * (std::fabs(in) + std::fabs(out)) + Weights::ROUNDED * shared;
+    error += total_ * double(BLOCK + blocks_) * 0x1p-53;
     if (std::fabs(in - out) <= error) unsure_ = true;
     return in - out;
   }
@@ -135,24 +119,30 @@ class Row {
       guess = new (memory) Guess(own_.groups, max_, weights, float_of(low));
       next = guess_of(*guess, low, high);
     }
+    if (weights && total_ < 0) {  // nothing is known of the whole yet: one pass that also tells its mass
+      int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
+      if (scan_whole(float_of(l), h == high ? NONE : float_of(h))) {
+        double mass_above = sum(own_.above), inside = 0;
+        for (int i = 0; i < own_.n; ++i) inside += own_.weights[i];
+        total_ = mass_above + inside + sum(own_.from);
+        int64_t above = sum(own_.beyond);
+        bool too_high = h < high && reached(above, mass_above);
+        if (!too_high && (l == low || reached(above + own_.n, mass_above + inside))) {
+          complete_ = above == 0;
+          return pick(within, l, h, above, mass_above, reached);
+        }
+      }
+      total_ = weigh_blocks(within, false);  // a bad guess: from here on by float64 sums
+    }
     for (int tries = 0;; ++tries) {
       int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
-      bool first = weights && total_ < 0;  // nothing is known of the whole yet
-      bool fits = scan(first ? float_of(low) : float_of(l), float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h), weights);
+      bool fits = scan(float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h), weights);
       int64_t above = sum(own_.beyond), from = above + sum(own_.inside);
       double mass_above = sum(own_.above), mass_from = sum(own_.from);
-      if (first) {
-        total_ = mass_from, mass_from = mass_above;
-        if (fits) for (int i = 0; i < own_.n; ++i) mass_from += own_.weights[i];
-      }
       bool top = tries == 0 || h == high, bottom = tries == 0 || l == low;
       if (h < high && reached(above, mass_above)) {
         low = h, count_low = above;
         if (guess && bottom) next = guess->beside(low, high, false, ROOM / 2);
-      } else if (!fits && first && l > low) {  // whether l is low enough is not known
-        high = h, count_high = above;
-        next = {middle(l, h), high};
-        continue;
       } else if (l == low || reached(from, mass_from)) {
         if (fits) {
           complete_ = count_high == 0 && above == 0;
@@ -168,41 +158,6 @@ class Row {
       if (count_low - count_high <= ROOM) next = {low, high};
       else if (tries > 2 || !guess) next = {middle(low, high), high};
     }
-  }
-
-  // One pass: per block the mass from `from` on and from `high` on, the number of tokens from `high` on and in
-  // [low, high), and the tokens of [low, high); returns whether they had room.
-  bool scan(float from, float low, float high, const Weights* weights) {
-    for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
-    each_block([&](int64_t b, const float* z, int n, Scratch& scratch) {
-      own_.from[b] = own_.above[b] = 0;
-      own_.inside[b] = own_.beyond[b] = 0;
-      if (weights && own_.maxima[b] >= from) own_.from[b] = weights->sum(z, n, from);
-      if (own_.maxima[b] < low) return;
-      sift(z, n, b * BLOCK, low, high, scratch, own_.inside[b], own_.beyond[b]);
-      if (!weights || own_.beyond[b] == 0) return;
-      int64_t padded = (own_.beyond[b] + GROUPS - 1) / GROUPS * GROUPS;
-      std::fill(scratch.upper() + own_.beyond[b], scratch.upper() + padded, -INF);
-      own_.above[b] = weights->sum(scratch.upper(), int(padded), high);
-    });
-    for (int t = 1; t < threads_; ++t) {
-      if (own_.n + pool_[t]->n > ROOM) return false;
-      std::copy_n(pool_[t]->values, pool_[t]->n, own_.values + own_.n);
-      std::copy_n(pool_[t]->ids, pool_[t]->n, own_.ids + own_.n);
-      own_.n += pool_[t]->n;
-    }
-    if (own_.n > ROOM) return false;
-    if (weights) weigh_candidates();
-    return true;
-  }
-
-  void weigh_candidates() { weights_.each(own_.values, own_.n, own_.weights); }
-
-  template <class T>
-  static T sum(const std::vector<T>& values) {
-    T s = 0;
-    for (T v : values) s += v;
-    return s;
   }
 
   // Searches the gathered tokens, all those of [low, high); `above` and `mass_above` are those from `high` on.
@@ -284,33 +239,17 @@ class Row {
     return kept;
   }
 
-  // Per block the mass of a kept set, in own_.from; returns the whole.
-  double weigh_blocks(const Kept& kept) {
-    float tie = float_of(kept.key), from = kept.last == ALL_TIES ? tie : float_of(kept.key + 1);
-    double w = weights_(tie);
-    each_block([&](int64_t b, const float* z, int n, Scratch&) {
-      double mass = own_.maxima[b] >= from ? weights_.sum(z, n, from) : 0.0;
-      if (from != tie && b * BLOCK <= kept.last) {
-        int64_t ties = 0, end = std::min<int64_t>(n, kept.last - b * BLOCK + 1);
-        for (int i = 0; i < end; ++i) ties += z[i] == tie;
-        mass += double(ties) * w;
-      }
-      own_.from[b] = mass;
-    });
-    return sum(own_.from);
-  }
-
   // The first token whose cumulative weight exceeds u times the whole, among the gathered ones: all that are kept.
   int64_t draw_candidates(double u) {
     weights_.narrow = false;
     weigh_candidates();
     total_ = 0;
     for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
-    return own_.ids[walk(own_.n, u, 0)];
+    return own_.ids[walk(own_.n, u, 0, 0)];
   }
 
   int64_t draw_blocks(const Kept& kept, double u) {
-    total_ = blocks_weighed_ ? sum(own_.from) : weigh_blocks(kept);
+    total_ = blocks_weighed_ ? sum(own_.from) : weigh_blocks(kept, true);
     double before = 0;
     int64_t b = 0, some = 0;
     for (; b < blocks_; ++b) {
@@ -322,11 +261,11 @@ class Row {
     own_.n = logits_.load(b, own_.block);
     weights_.each(own_.block, own_.n, own_.weights);
     for (int i = 0; i < own_.n; ++i) own_.weights[i] = kept(own_.block[i], b * BLOCK + i) ? own_.weights[i] : 0.0;
-    return b * BLOCK + walk(own_.n, u, before);
+    return b * BLOCK + walk(own_.n, u, before, own_.from[b]);
   }
 
-  // The place among own_.weights[0 .. n) at which the sum, `before` at first, exceeds u * total_.
-  int walk(int n, double u, double before) {
+  // The place among own_.weights[0 .. n), in total_ by `block`, at which the sum, `before` at first, exceeds u * total_.
+  int walk(int n, double u, double before, double block) {
     constexpr int STEP = 64;
     const double* w = own_.weights;
     int at = 0, some = 0;
@@ -340,11 +279,11 @@ class Row {
       cumulative += step;
     }
     for (int i = some; i < at; ++i) if (w[i] > 0) some = i;  // the last one that weighs, should rounding end the walk
-    excess(cumulative, u);  // sure that the steps before are too little
+    excess(cumulative, u, block);  // sure that the steps before are too little
     for (; at < n; ++at) {
       if (w[at] == 0) continue;
       some = at;
-      if (excess(cumulative += w[at], u) > 0) break;
+      if (excess(cumulative += w[at], u, block) > 0) break;
     }
     return some;
   }
@@ -358,16 +297,4 @@ class Row {
       for (int i = 0; i < n; ++i) out[b * BLOCK + i] = kept(own_.block[i], b * BLOCK + i);
     }
   }
-
-  const Arguments& in_;
-  int64_t row_;
-  Logits logits_;
-  int64_t blocks_;
-  Scratch* const* pool_;
-  int threads_;
-  Scratch& own_;
-  Weights weights_;
-  float max_ = -INF;
-  double total_ = -1;
-  bool unsure_ = false, complete_ = false, blocks_weighed_ = false;
 };

@@ -10,16 +10,12 @@
 
 constexpr int ROOM = 4096;  // tokens of an interval that are gathered and searched directly
 
-static_assert(ROOM * sizeof(double) >= (BLOCK + 64) * sizeof(float));
-
 struct Scratch {
   alignas(64) float block[BLOCK];
   alignas(64) float values[ROOM + 32];  // tokens in ascending order of id
   alignas(64) int32_t ids[ROOM + 32];
   alignas(64) double weights[ROOM + 32];
   int n = 0;
-  // While a pass runs the weights are not known yet: their place holds values of one block.
-  float* upper() { return reinterpret_cast<float*>(weights); }
   // Of the row, in the first thread's scratch; one element per block.
   Groups groups;
   std::vector<float> maxima;
@@ -41,46 +37,33 @@ inline int64_t count_from(const float* z, int n, float from) {
 }
 
 // Counts the tokens of [low, high) and those from `high` on in a block that begins at id `begin`. Appends the former
-// while there is room (beyond that, to.n is more than ROOM), and puts the latter's values at to.upper().
+// while there is room (beyond that, to.n is more than ROOM). high may be NaN: none.
 inline void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside,
                  int64_t& beyond) {
-  int64_t in_count = 0, up_count = 0;
-  float* upper = to.upper();
+  int64_t from = 0, up = 0;
 #ifdef __AVX512F__
   __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
   __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int m = to.n;
-  auto append = [&](__mmask16 in, int some, __m512 v, int i) {
-    __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(begin) + i));
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __mmask16 there = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ);
+    if (!there) continue;
+    __mmask16 above = _mm512_cmp_ps_mask(v, highs, _CMP_GE_OQ), in = there & ~above;
+    from += __builtin_popcount(there), up += __builtin_popcount(above);
+    if (!in || m > ROOM) continue;
     _mm512_storeu_ps(to.values + m, _mm512_maskz_compress_ps(in, v));
-    _mm512_storeu_si512(to.ids + m, _mm512_maskz_compress_epi32(in, ids));
-    in_count += some;
+    _mm512_storeu_si512(to.ids + m,
+                        _mm512_maskz_compress_epi32(in, _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(begin) + i))));
+    int some = __builtin_popcount(in);
     m = m + some <= ROOM ? m + some : ROOM + 1;
-  };
-  if (!(high <= INF)) {  // no upper limit; few tokens lie within: a branch that is seldom taken
-    for (int i = 0; i < n; i += 16) {
-      __m512 v = _mm512_loadu_ps(z + i);
-      __mmask16 in = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ);
-      if (in && m <= ROOM) append(in, __builtin_popcount(in), v, i);
-      else in_count += __builtin_popcount(in);
-    }
-  } else {
-    for (int i = 0; i < n; i += 16) {
-      __m512 v = _mm512_loadu_ps(z + i);
-      __mmask16 up = _mm512_cmp_ps_mask(v, highs, _CMP_GE_OQ);
-      __mmask16 in = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ) & ~up;
-      _mm512_storeu_ps(upper + up_count, _mm512_maskz_compress_ps(up, v));
-      up_count += __builtin_popcount(up);
-      append(in, __builtin_popcount(in), v, i);
-    }
   }
   to.n = m;
 #else
-  for (int i = 0; i < n; ++i) upper[up_count] = z[i], up_count += z[i] >= high;
-  in_count = count_from(z, n, low) - up_count;
-  if (to.n + in_count > ROOM) {
+  from = count_from(z, n, low), up = high <= INF ? count_from(z, n, high) : 0;
+  if (to.n + from - up > ROOM) {
     to.n = ROOM + 1;
-  } else if (in_count) {
+  } else if (from > up) {
     int m = to.n;
     for (int i = 0; i < n; ++i) {
       to.values[m] = z[i], to.ids[m] = int32_t(begin + i);
@@ -89,5 +72,5 @@ inline void sift(const float* z, int n, int64_t begin, float low, float high, Sc
     to.n = m;
   }
 #endif
-  inside = in_count, beyond = up_count;
+  inside = from - up, beyond = up;
 }

@@ -6,6 +6,9 @@
 // Relative error: of r, absolute: 2^-26 + 2^-26 + 2^-30, times ln 2; of q: 2^-23.2 by its coefficients, and
 // 2^-24 (1 + 1 + 0.2) by rounding its last steps. Together below 4.7 * 2^-24 < ERROR.
 // Weights below 2^-120 count as 0; the sums' slack in `Row::excess` covers them.
+//
+// Sums are of two kinds. `sum` adds float64 numbers. `quick_sum` and `split` first add four float32 weights, which costs
+// at most two roundings of 2^-24: SUMMED is the error of a weight with its share of these.
 #pragma once
 
 #ifdef __AVX512F__
@@ -53,6 +56,8 @@ inline double exp_negative(double x) {
 
 struct Weights {
   static constexpr double ERROR = 3.2e-7;  // relative, of a float32 weight
+  static constexpr double ROUNDED = 1.3e-7;  // relative, of a quick sum beside that of its weights
+  static constexpr double SUMMED = ERROR + ROUNDED;
   static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float Q[] = {1.0f,           0.693146944046f,   0.240221038461f,
                                 5.55072277784e-2f, 9.67643596232e-3f, 1.32755748928e-3f};  // minimax on |r| <= 0.504
@@ -107,6 +112,38 @@ struct Weights {
     return a;
   }
 
+  double quick_sum(const float* z, int n, float from) const {
+#ifdef __AVX512F__
+    if (narrow) return quick_sum32(z, n, from);
+#endif
+    return sum(z, n, from);
+  }
+
+  // Adds the weight of the values from `high` on to `above` and of those below `low` to `below`; high may be NaN: none.
+  // n is a multiple of 32.
+  void split(const float* z, int n, float low, float high, double& above, double& below) const {
+    const Weights w = *this;
+    double up = 0, down = 0;
+    if (narrow) {
+#ifdef __AVX512F__
+      w.split32(z, n, low, high, up, down);
+#else
+#pragma omp simd reduction(+ : up, down)
+      for (int i = 0; i < n; ++i) {
+        double weight = double(w.approximate(z[i]));
+        up += z[i] >= high ? weight : 0.0, down += z[i] < low ? weight : 0.0;
+      }
+#endif
+    } else {
+#pragma omp simd reduction(+ : up, down)
+      for (int i = 0; i < n; ++i) {
+        double weight = w.exact(z[i]);
+        up += z[i] >= high ? weight : 0.0, down += z[i] < low ? weight : 0.0;
+      }
+    }
+    above += up, below += down;
+  }
+
   void each(const float* z, int n, double* out) const {
     const Weights w = *this;
     if (narrow) {
@@ -150,6 +187,51 @@ struct Weights {
       a2 = _mm512_add_pd(a2, low(wv)), a3 = _mm512_add_pd(a3, high(wv));
     }
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(a0, a1), _mm512_add_pd(a2, a3)));
+  }
+  // As `sum32`; four weights are added in float32.
+  double quick_sum32(const float* z, int n, float from) const {
+    __m512d a0 = _mm512_setzero_pd(), a1 = a0;
+    bool all = from <= cutoff && floor == -FLT_MAX;
+    __m512 from16 = _mm512_set1_ps(from);
+    auto weight = [&](int i) {
+      __m512 v = _mm512_loadu_ps(z + i), w = approximate16(v);
+      return all ? w : _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, from16, _CMP_GE_OQ), w);
+    };
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+      __m512 w = _mm512_add_ps(_mm512_add_ps(weight(i), weight(i + 16)), _mm512_add_ps(weight(i + 32), weight(i + 48)));
+      a0 = _mm512_add_pd(a0, low(w)), a1 = _mm512_add_pd(a1, high(w));
+    }
+    if (i < n) {
+      __m512 w = _mm512_add_ps(weight(i), weight(i + 16));
+      a0 = _mm512_add_pd(a0, low(w)), a1 = _mm512_add_pd(a1, high(w));
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(a0, a1));
+  }
+
+  void split32(const float* z, int n, float from, float to, double& up, double& down) const {
+    __m512d u0 = _mm512_setzero_pd(), u1 = u0, d0 = u0, d1 = u0;
+    __m512 from16 = _mm512_set1_ps(from), to16 = _mm512_set1_ps(to);
+    __m512 floor16 = _mm512_set1_ps(floor), none = _mm512_setzero_ps();
+    __m512 u = none, d = none;
+    auto take = [&](int i, __m512& some_up, __m512& some_down) {
+      __m512 v = _mm512_loadu_ps(z + i), w = approximate16(v);
+      some_up = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, to16, _CMP_GE_OQ), w);
+      __mmask16 some = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, floor16, _CMP_GE_OQ), v, from16, _CMP_LT_OQ);
+      some_down = _mm512_maskz_mov_ps(some, w);
+    };
+    for (int i = 0; i < n; i += 64) {
+      __m512 p, q, r, s, t, v, x = none, y = none;
+      take(i, p, q), take(i + 16, r, s);
+      u = _mm512_add_ps(p, r), d = _mm512_add_ps(q, s);
+      if (i + 64 <= n) {
+        take(i + 32, t, v), take(i + 48, x, y);
+        u = _mm512_add_ps(u, _mm512_add_ps(t, x)), d = _mm512_add_ps(d, _mm512_add_ps(v, y));
+      }
+      u0 = _mm512_add_pd(u0, low(u)), u1 = _mm512_add_pd(u1, high(u));
+      d0 = _mm512_add_pd(d0, low(d)), d1 = _mm512_add_pd(d1, high(d));
+    }
+    up = _mm512_reduce_add_pd(_mm512_add_pd(u0, u1)), down = _mm512_reduce_add_pd(_mm512_add_pd(d0, d1));
   }
   static __m512d low(__m512 w) { return _mm512_cvtps_pd(_mm512_castps512_ps256(w)); }
   static __m512d high(__m512 w) {
