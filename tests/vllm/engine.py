@@ -73,6 +73,11 @@ def logprobs_of(output) -> list[float]:
     return [float(logprobs[token].logprob) for token, logprobs in pairs]
 
 
+def scores_of(output) -> list[dict[str, list[float]]]:
+    """Of each token written, log-probability and rank of the tokens shown with it; empty where not asked for."""
+    return [{str(t): [one.logprob, one.rank] for t, one in step.items()} for step in output.outputs[0].logprobs or []]
+
+
 def main(request_file: str, reply_file: str) -> None:
     from vllm import LLM, SamplingParams
 
@@ -100,6 +105,7 @@ def main(request_file: str, reply_file: str) -> None:
         reply["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
         reply["all_tokens"] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
         reply["prompt_logprobs"] = [logprobs_of(output) for output in outputs]
+        reply["logprobs"] = [scores_of(output) for output in outputs]
         reply["fallbacks"] = llm.collective_rpc(sampler_fallbacks)
     Path(reply_file).write_text(json.dumps(reply))
 

@@ -1,10 +1,15 @@
 """Our sampler in a running engine: greedy features equal stock vLLM's, seeds hold alone and in any batch."""
 
 import pytest
+import torch
 from engine import SMALL, run
 from tiny import save_llama
 
+from gcu_compile.kernels.tolerance import tolerance
+
 pytestmark = pytest.mark.vllm
+LIMITS = tolerance(torch.float32, 272)  # the tiny model's vocabulary, its longest sum
+CLOSE = {"rel": LIMITS["rtol"], "abs": LIMITS["atol"]}
 COMMON = {"max_tokens": 12, "ignore_eos": True, "detokenize": False}
 PROMPTS = [[5, 6, 7], [9, 9, 9, 9, 30], [11], [40, 41, 42, 43]]
 # Deterministic, one feature each and all together.
@@ -22,6 +27,7 @@ GREEDY = [
         "logit_bias": {"30": 2.0},
         "allowed_token_ids": list(range(2, 60)),
     },
+    {"temperature": 0, "logprobs": 4, "prompt_logprobs": 2, "presence_penalty": 0.5},
 ]
 SEEDED = [
     {"temperature": 1.0, "seed": 1},
@@ -60,6 +66,18 @@ def test_greedy_features_equal_stock_vllm(model, together, tmp_path):
     pairs = [(prompt, setting) for setting in GREEDY for prompt in PROMPTS]
     stock = ask(model, tmp_path, pairs, VLLM_PLUGINS="")
     assert together["tokens"][: len(pairs)] == stock["tokens"]
+    assert any(stock["logprobs"]) and any(stock["prompt_logprobs"])
+    assert_same_scores(together["logprobs"][: len(pairs)], stock["logprobs"])
+    for mine, theirs in zip(together["prompt_logprobs"], stock["prompt_logprobs"], strict=False):
+        assert mine == pytest.approx(theirs, **CLOSE)
+
+
+def assert_same_scores(ours, theirs):
+    """The same tokens shown beside each token written, with the same ranks and log-probabilities."""
+    for mine, expected in zip(ours, theirs, strict=True):
+        for step, same in zip(mine, expected, strict=True):
+            assert set(step) == set(same) and all(step[token][1] == same[token][1] for token in step)
+            assert [step[t][0] for t in step] == pytest.approx([same[t][0] for t in step], **CLOSE)
 
 
 def test_no_batch_fell_back(together):
@@ -88,11 +106,13 @@ def test_float32_option_restores_upstream_and_says_so(model, tmp_path):
 def test_speculative_decoding_gives_the_tokens_of_plain_decoding(model, together, tmp_path):
     """Drafts by n-grams: greedy and seeded requests alike, with penalties, in one batch, and no fallback."""
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    greedy = [0, 1, 2, 4]  # vLLM refuses logit bias, min-p and min-tokens together with drafts
+    greedy = [0, 1, 2, 4, 7]  # vLLM refuses logit bias, min-p and min-tokens together with drafts
     seeded = [0, 1, 3]
     pairs = [(prompt, GREEDY[i]) for i in greedy for prompt in PROMPTS] + [(PROMPTS[0], SEEDED[i]) for i in seeded]
     reply = ask(model, tmp_path, pairs, llm={"speculative_config": ngram})
     start = len(GREEDY) * len(PROMPTS)
     expected = [together["tokens"][i * len(PROMPTS) + j] for i in greedy for j in range(len(PROMPTS))]
     assert reply["tokens"] == expected + [together["tokens"][start + i] for i in seeded]
+    count = len(PROMPTS)
+    assert_same_scores(reply["logprobs"][4 * count : 5 * count], together["logprobs"][7 * count : 8 * count])
     assert reply["fallbacks"] == [{}]
