@@ -126,7 +126,7 @@ class Shadow:
             return result
         outputs = [result, *(blocks(x) for x in _written(written, args, kwargs))]
         length = op.accumulation(*args, **kwargs) if op.accumulation else None
-        largest, ratio = compare(outputs, expected, length, 1 if doubled else 2)
+        largest, ratio = compare(outputs, expected, length, 1 if doubled else 2, op.code_steps)
         found.calls += 1
         found.largest, found.ratio = max(found.largest, largest), max(found.ratio, ratio)
         if ratio > 1:
@@ -157,7 +157,9 @@ class Shadow:
         log.warning(text)
 
 
-def compare(outputs: list[Any], expected: list[Any], length: int | None, times: int) -> tuple[float, float]:
+def compare(
+    outputs: list[Any], expected: list[Any], length: int | None, times: int, steps: int = 0
+) -> tuple[float, float]:
     """(largest absolute difference, largest difference over tolerance) of two lists of results.
 
     Args:
@@ -165,6 +167,7 @@ def compare(outputs: list[Any], expected: list[Any], length: int | None, times: 
             quantised value whose sum lies next to a rounding edge may come out one step away.
         times: how many results of that tolerance stand against each other: 1 where `expected` is float64, 2 where
             both carry the error that the table allows, one on each side.
+        steps: how far integers may be apart.
     """
     largest, worst = 0.0, 0.0
     for actual, meant in zip(_tensors(outputs), _tensors(expected), strict=True):
@@ -177,8 +180,11 @@ def compare(outputs: list[Any], expected: list[Any], length: int | None, times: 
         if length is None or actual.dtype not in TABLE:
             same = torch.equal(actual.double(), meant.to(actual.dtype).double())
             difference = (actual.double() - meant.double()).abs().nan_to_num()
-            largest = max(largest, difference.max().item() if difference.numel() else 0.0)
-            worst = max(worst, 0.0 if same else float("inf"))
+            furthest = difference.max().item() if difference.numel() else 0.0
+            largest = max(largest, furthest)
+            if not same:
+                near = not actual.is_floating_point() and furthest <= steps
+                worst = max(worst, furthest / steps if near else float("inf"))
             continue
         a, b = actual.double(), meant.double()
         finite = b[b.isfinite()]

@@ -172,6 +172,10 @@ def test_not_a_number_on_one_side_only_is_a_breach():
     assert shadow.compare([good], [good.clone()], 1, 1) == (0.0, 0.0)
     assert shadow.compare([good], [bad], 1, 1)[1] == float("inf")
     assert shadow.compare([torch.tensor([float("inf")])], [torch.tensor([float("-inf")])], 1, 1)[1] == float("inf")
+    codes, next_codes = torch.tensor([3, 4], dtype=torch.int8), torch.tensor([3, 5], dtype=torch.int8)
+    assert shadow.compare([codes], [next_codes], 1, 1)[1] == float("inf")
+    assert shadow.compare([codes], [next_codes], 1, 1, steps=1)[1] == 1
+    assert shadow.compare([codes], [next_codes + 1], 1, 1, steps=1)[1] > 1
 
 
 def test_the_sampler_agrees_with_its_meaning():

@@ -9,10 +9,7 @@ import torch
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check, layouts
 from gcu_compile.kernels.host import build, prepack
-
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPES = {**FLOATS, torch.int8: 3, torch.uint8: 4, torch.int16: 5, torch.int32: 6}
-NONE = -1
+from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
 
 class Arguments(ctypes.Structure):

@@ -8,12 +8,9 @@
 // All of it is exact modulo 2^32; the Python side refuses K for which the left side could exceed it.
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
 #include <memory>
-#include <vector>
 
-#include "simd.h"
+#include "quantize.h"
 
 // Field order is that of `Arguments` in host/int8_gemm.py.
 struct Arguments {
@@ -75,46 +72,6 @@ inline vi dot(vi sum, vi w, int32_t x) {
 #endif
 }
 
-// One group of `count` values to int8: codes, scale, zero. Rounding is to nearest even: adding 1.5 * 2^23 leaves an
-// integer in the low bits.
-inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
-
-void quantize_known(const float* x, int64_t count, float scale, int32_t zero, int8_t* codes) {
-  // Clamped before it is rounded: the magic number holds only small values, and a NaN becomes some code.
-  for (int64_t i = 0; i < count; ++i) {
-    float value = x[i] / scale;
-    value = value < 1024.0f ? value : 1024.0f;
-    value = value > -1024.0f ? value : -1024.0f;
-    int32_t code = int32_t(round_even(value)) + zero;
-    codes[i] = int8_t(std::min(127, std::max(-128, code)));
-  }
-}
-
-void quantize_group(const float* x, int64_t count, bool symmetric, int8_t* codes, float& scale, int32_t& zero) {
-  zero = 0;
-  int32_t magnitude = 0;  // of the bits: NaN is above infinity and stays visible
-  for (int64_t i = 0; i < count; ++i) magnitude = std::max(magnitude, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
-  float largest = std::bit_cast<float>(magnitude);
-  scale = largest / 127.0f;
-  if (!symmetric && std::isfinite(largest)) {
-    float high = 0, low = 0;
-    for (int64_t i = 0; i < count; ++i) high = std::max(high, x[i]), low = std::min(low, x[i]);
-    scale = (high - low) / 255.0f;
-    if (scale != 0) zero = int32_t(std::nearbyint(-128.0f - low / scale));
-  }
-  if (scale == 0 || !std::isfinite(scale))
-    std::fill(codes, codes + count, int8_t(0));
-  else
-    quantize_known(x, count, scale, zero, codes);
-}
-
-const float* row_of(const void* x, int32_t dtype, int64_t first, int64_t count, std::vector<float>& buffer) {
-  if (dtype == F32) return static_cast<const float*>(x) + first;
-  buffer.resize(count);
-  to_floats(x, dtype, first, int(count), buffer.data());
-  return buffer.data();
-}
-
 class Product {
  public:
   explicit Product(const Arguments& in)
@@ -153,7 +110,7 @@ class Product {
       if (in_.x_scales)
         quantize_known(x, in_.k, scale, zero, codes.data());
       else
-        quantize_group(x, in_.k, true, codes.data(), scale, zero);
+        quantize_group(x, in_.k, largest_of(x, in_.k), true, codes.data(), scale, zero);
     }
     scales_[row] = scale, zeros_[row] = zero;
     auto* out = reinterpret_cast<uint8_t*>(x_.get() + row * words_);
@@ -236,8 +193,10 @@ extern "C" void gcu_quantize(const Quantize* in) {
   for (int64_t row = 0; row < in->rows; ++row) {
     std::vector<float> buffer;
     const float* x = row_of(in->x, in->x_dtype, row * in->x_stride, in->k, buffer);
-    for (int64_t g = 0; g < groups; ++g)
-      quantize_group(x + g * in->group, in->group, in->symmetric, in->codes + row * in->k + g * in->group,
-                     in->scales[row * groups + g], in->zeros[row * groups + g]);
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* group = x + g * in->group;
+      quantize_group(group, in->group, largest_of(group, in->group), in->symmetric,
+                     in->codes + row * in->k + g * in->group, in->scales[row * groups + g], in->zeros[row * groups + g]);
+    }
   }
 }

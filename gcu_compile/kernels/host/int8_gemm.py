@@ -9,7 +9,7 @@ import torch
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
 from gcu_compile.kernels.host import build, prepack
-from gcu_compile.kernels.host.dequant_gemm import DTYPES, FLOATS, NONE
+from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
 # Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
 MOST_INPUTS = (2**31 - 1) // (255 * 128)

@@ -7,7 +7,7 @@ from gcu_compile.kernels.triton.rope_and_cache_kernel import round_half_even
 
 
 @triton.jit
-def _codes(x, scale, zero):
+def codes_of(x, scale, zero):
     """round(x / scale) + zero, saturated; ties to even."""
     whole = tl.div_rn(x, scale[:, None] + x * 0.0)
     # Beyond this every code saturates, and the rounding below needs small numbers.
@@ -60,13 +60,13 @@ def quantize_per_token_kernel(
         out = codes_ptr + first * size
         if ONE_TILE:
             mask = there[:, None] & (column < size)[None, :]
-            tl.store(out + row[:, None] * size + column[None, :], _codes(x, divisor, zero), mask=mask)
+            tl.store(out + row[:, None] * size + column[None, :], codes_of(x, divisor, zero), mask=mask)
         else:
             for start in range(0, size, COLUMNS):
                 mask = there[:, None] & (column < size - start)[None, :]
                 at = start + row[:, None] * size + column[None, :]
                 x = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(out + at, _codes(x, divisor, zero), mask=mask)
+                tl.store(out + at, codes_of(x, divisor, zero), mask=mask)
 
 
 EXACT = True  # codes equal the meaning's

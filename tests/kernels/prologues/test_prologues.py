@@ -1,0 +1,181 @@
+"""Norm or activation with quantisation: codes and scales against float64, on every instruction set and in Triton."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gcu_compile.kernels.prologues  # noqa: F401  (defines the operations)
+from gcu_compile.errors import InvalidInputError
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host import prologues as host
+from gcu_compile.kernels.prologues import eager
+from gcu_compile.kernels.tolerance import tolerance
+from gcu_compile.kernels.triton import prologues as triton
+
+F32, BF16, F16 = FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = ("portable", "avx2", "avx512")
+HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index(build.host_isa().replace("amx", "avx512"))]
+SIZES = (1, 2, 7, 16, 31, 33, 64, 100, 576, 1536, 4096)
+
+
+def randn(*shape, seed=0, dtype=F32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def norm_arguments(rows, size, dtype, residual, weight_dtype=F32, seed=0):
+    other = randn(rows, size, seed=seed + 1, dtype=dtype) if residual else None
+    return randn(rows, size, seed=seed, dtype=dtype) * 3, other, randn(size, seed=seed + 2).to(weight_dtype), 1e-6
+
+
+def check_codes(codes, scales, exact):
+    """Codes and scales of rows whose values are `exact` (float64): each code is a nearest one, by the scale's rounding
+    and that of a float32 on its way."""
+    allowed = tolerance(F32, exact.shape[-1])["rtol"]
+    meant = exact.abs().amax(-1, keepdim=True) / 127
+    torch.testing.assert_close(scales.double(), meant, rtol=allowed, atol=0.0)
+    steps = exact / meant.clamp(min=1e-300)
+    assert ((codes.double() - steps).abs() <= 0.5 + 127 * allowed).all()
+
+
+def check_norm(run, arguments):
+    x, residual, weight, eps = arguments
+    codes, scales, total = run(*arguments)
+    s = x.double() if residual is None else x.double() + residual.double()
+    exact = s / (s.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    check_codes(codes, scales, exact)
+    assert codes.dtype == torch.int8 and scales.dtype == F32 and scales.shape == (*x.shape[:-1], 1)
+    if residual is None:
+        assert total.shape == (0,) and total.dtype == x.dtype
+    else:  # one rounding of a float32 sum
+        assert torch.equal(total, (x.float() + residual.float()).to(x.dtype))
+
+
+def check_silu(run, x, up=None):
+    gate, other = x.double().chunk(2, -1) if up is None else (x.double(), up.double())
+    codes, scales = run(x, up)
+    check_codes(codes, scales, gate * torch.sigmoid(gate) * other)
+
+
+RUNS = {"host": host, "meaning": eager}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([1, 2, 5, 33]),
+    st.sampled_from(SIZES),
+    st.sampled_from(FLOATS),
+    st.booleans(),
+    st.sampled_from(FLOATS),
+    st.integers(0, 999),
+)
+def test_norm_on_odd_shapes(name, rows, size, dtype, residual, weight_dtype, seed):
+    check_norm(RUNS[name].rms_norm_quant, norm_arguments(rows, size, dtype, residual, weight_dtype, seed))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from([1, 2, 5]), st.sampled_from(SIZES), st.sampled_from(FLOATS), st.booleans(), st.integers(0, 9))
+def test_silu_on_odd_shapes(name, rows, size, dtype, apart, seed):
+    x = randn(rows, 2 * size, seed=seed, dtype=dtype) * 4
+    check_silu(RUNS[name].silu_mul_quant, *([half.clone() for half in x.chunk(2, -1)] if apart else [x]))
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set(isa, dtype, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    check_norm(host.rms_norm_quant, norm_arguments(7, 133, dtype, True, BF16))
+    check_silu(host.silu_mul_quant, randn(7, 266, dtype=dtype))
+
+
+def test_extreme_gates_and_rows_of_zeros():
+    x = torch.zeros(4, 40)
+    x[0, :20] = torch.linspace(-200, 200, 20)
+    x[0, 20:] = 1
+    x[1] = 1e18
+    x[2] = 1e-18
+    check_silu(host.silu_mul_quant, x)
+    codes, scales, _ = host.rms_norm_quant(torch.zeros(2, 5), None, torch.ones(5), 1e-6)
+    assert not codes.any() and not scales.any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_in_the_scale_of_its_row_alone(value):
+    x = randn(3, 64)
+    x[1, 5] = value
+    for module in RUNS.values():
+        _, scales, _ = module.rms_norm_quant(x, None, torch.ones(64), 1e-6)
+        assert scales[[0, 2]].isfinite().all() and not scales[1].isfinite().any()
+        _, scales = module.silu_mul_quant(x)
+        assert scales[[0, 2]].isfinite().all() and not scales[1].isfinite().any()
+
+
+def test_strided_rows_leading_dimensions_and_no_rows():
+    wide = randn(2, 6, 200, dtype=BF16)
+    x, residual = wide[..., 10:74], wide[..., 100:164]
+    strided = torch.ops.gcu.rms_norm_quant(x, residual, torch.ones(64), 1e-5)
+    packed = torch.ops.gcu.rms_norm_quant(x.contiguous(), residual.contiguous(), torch.ones(64), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True)) and strided[0].shape == (2, 6, 64)
+    codes, scales = torch.ops.gcu.silu_mul_quant(wide[..., 4:])
+    assert codes.shape == (2, 6, 98) and scales.shape == (2, 6, 1)
+    assert torch.ops.gcu.silu_mul_quant(wide[:0])[0].shape == (0, 6, 100)
+
+
+def test_codes_go_to_the_product_as_they_are():
+    x, weight = randn(5, 64, dtype=BF16), torch.randint(-128, 128, (16, 64), dtype=torch.int8)
+    codes, scales, _ = torch.ops.gcu.rms_norm_quant(x, None, torch.ones(64), 1e-6)
+    y = torch.ops.gcu.int8_gemm(codes, weight, torch.ones(1, 16), scales, layout="int8_rows", out_dtype=BF16)
+    exact = (codes.double() * scales.double()) @ weight.double().T
+    torch.testing.assert_close(y.double(), exact, **tolerance(BF16, 1, exact.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [1, 70, 9000])
+def test_triton_kernels_in_the_interpreter(dtype, size):
+    pytest.importorskip("triton")
+    for residual in (False, True):
+        arguments = norm_arguments(3, size, dtype, residual, BF16)
+        assert triton.refuses(*arguments) is None
+        check_norm(triton.rms_norm_quant, arguments)
+    check_silu(triton.silu_mul_quant, randn(3, 2 * size, dtype=dtype))
+    check_silu(triton.silu_mul_quant, randn(3, size, dtype=dtype), randn(3, 2 * size, seed=1, dtype=dtype)[:, :size])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op.rms_norm_quant(torch.ones(2, 4), torch.ones(2, 5), torch.ones(4), 0.0), r"residual is \[2, 5\]"),
+        (lambda op: op.rms_norm_quant(torch.ones(2, 4), None, torch.ones(5), 0.0), r"weight is \[5\].*expected.*\[4\]"),
+        (lambda op: op.rms_norm_quant(torch.ones(2, 4).int(), None, torch.ones(4), 0.0), "x is torch.int32"),
+        (lambda op: op.silu_mul_quant(torch.ones(2, 5)), "5 values are not a gate and an up"),
+        (lambda op: op.silu_mul_quant(torch.ones(2, 4), torch.ones(2, 4).half()), "up is .* torch.float16"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(InvalidInputError, match=message):
+        call(torch.ops.gcu)
+
+
+def test_refusals_name_the_dtype_and_the_meaning_runs():
+    registry.fallbacks.clear()
+    x = randn(2, 8).double()
+    check_norm(torch.ops.gcu.rms_norm_quant, (x, x, torch.ones(8), 1e-6))
+    ((name, reason),) = registry.fallbacks
+    assert name == "rms_norm_quant" and "x is torch.float64" in reason
+
+
+def test_traced_with_symbolic_rows():
+    weight = torch.ones(64)
+
+    def fn(x, residual):
+        codes, scales, total = torch.ops.gcu.rms_norm_quant(x, residual, weight, 1e-6)
+        alone = torch.ops.gcu.rms_norm_quant(x, None, weight, 1e-6)
+        return codes, scales, total, *alone, *torch.ops.gcu.silu_mul_quant(x)
+
+    compiled = torch.compile(fn, backend="gcu", dynamic=True, fullgraph=True, options={"inductor": False})
+    for rows in (2, 5):
+        x, residual = randn(rows, 64, dtype=BF16), randn(rows, 64, seed=1, dtype=BF16)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x, residual), fn(x, residual), strict=True))
