@@ -10,8 +10,9 @@ Each option has a name (for `torch.compile(..., options={...})`), an environment
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,31 @@ NAMES = tuple(f.name for f in fields(Options))
 def env_name(option: str) -> str:
     """`GCU_COMPILE_DUMP` for `dump`."""
     return ENV_PREFIX + option.upper()
+
+
+def watched(*variables: str) -> Callable[[], tuple]:
+    """A function that gives the values of environment variables, as something to compare and to hash.
+
+    `os.environ.get` takes 1 us a name, most of it an exception within: more than a small kernel runs. The dict that
+    `os.environ` keeps takes a twentieth of that.
+    """
+    held = getattr(os.environ, "_data", os.environ)
+    encode = getattr(os.environ, "encodekey", str)
+    keys = tuple(map(encode, variables))
+    return lambda: tuple(map(held.get, keys))
+
+
+_DEBUG_CHECKS = watched("GCU_COMPILE_DEBUG_CHECKS")
+
+
+def debug_checks() -> bool:
+    """Option `debug_checks` of the environment, fast enough to be asked on every call of a kernel."""
+    return _debug_checks_for(_DEBUG_CHECKS())
+
+
+@functools.cache
+def _debug_checks_for(environ: tuple) -> bool:
+    return resolve().debug_checks
 
 
 def resolve(given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Options:

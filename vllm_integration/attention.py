@@ -1,9 +1,10 @@
 """vLLM's attention backend on `gcu::paged_attention`, `gcu::write_kv` and `gcu::attention`.
 
-    common metadata -> Metadata (tables as they are)
-    do_kv_cache_update: keys and values of the step -> cache, quantised where the cache is int8
-    forward: the whole batch (decode, verify, chunked and whole prefill) in one call; encoder-only layers, which keep
-        no cache, sequence by sequence
+    common metadata -> Metadata (tables as they are, converted once a step)
+    forward: keys and values of the step -> cache, quantised where the cache is int8; then the whole batch (decode,
+        verify, chunked and whole prefill) in one call; encoder-only layers, which keep no cache, sequence by sequence
+
+The write is part of `forward`: as an operation of its own it would cut every layer's graph once more.
 
 A page of one KV head is [K of all slots | V of all slots], then, for an int8 cache, the float32 scales of both, one per
 slot: what one head reads lies together. Copies and swaps of whole pages, which is what vLLM does, keep it so.
@@ -11,6 +12,7 @@ slot: what one head reads lies together. Copies and swaps of whole pages, which 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +26,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
 
-import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.*)
 from gcu_compile.errors import UnsupportedFeatureError
+from gcu_compile.kernels.attention.layer import Layer, Step
 from vllm_integration import ATTENTION, versions
 
 NAME = versions.register_attention(*ATTENTION)
@@ -37,7 +39,7 @@ SCALE_BYTES = 8  # of one slot of one head: two float32
 class GcuAttentionBackend(versions.cache_interface(SCALE_BYTES), AttentionBackend):
     """Registered under `GCU_ATTN` (vLLM 0.26: `CUSTOM`); `--attention-backend CPU_ATTN` restores vLLM's own."""
 
-    forward_includes_kv_cache_update: bool = False
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", INT8]
 
@@ -76,14 +78,26 @@ class GcuAttentionBackend(versions.cache_interface(SCALE_BYTES), AttentionBacken
 
 @dataclass
 class Metadata(AttentionMetadata):
-    """Tables of one step, as `gcu::paged_attention` takes them; tokens past `tokens` are padding."""
+    """Tables of one step, as `gcu::paged_attention` takes them; tokens past the last sequence are padding.
 
-    tokens: int
+    vLLM's wrapper for cross attention sets `slot_mapping` after the builder is done.
+    """
+
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     causal: bool
+
+    _step: Step | None = None
+
+    @property
+    def step(self) -> Step:
+        """Them, converted: made when the first layer asks, shared by all, and again if one was replaced."""
+        now = self.block_table, self.query_start_loc, self.seq_lens, self.slot_mapping, self.causal
+        if self._step is None or not all(map(operator.is_, now, self._step.given)):
+            self._step = Step(*now)
+        return self._step
 
 
 class GcuMetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -101,7 +115,6 @@ class GcuMetadataBuilder(AttentionMetadataBuilder[Metadata]):
                 "attention_config={'backend': 'CPU_ATTN'}."
             )
         return Metadata(
-            tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc[: common.num_reqs + 1],
             seq_lens=common.seq_lens[: common.num_reqs],
             block_table=common.block_table_tensor[: common.num_reqs],
@@ -165,20 +178,16 @@ class GcuAttentionImpl(AttentionImpl):
             "alibi_slopes": None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
             "sinks": sinks,
         }
-        self._pages: tuple[int, dict] = (0, {})
+        self._layer: Layer | None = None
+        self._cache, self._address = None, 0  # what it was made for
 
-    def pages_of(self, layer: Any, kv_cache: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """`pages` of the layer's cache, made once."""
-        if self._pages[0] != kv_cache.data_ptr():
-            self._pages = kv_cache.data_ptr(), pages(kv_cache, layer.head_size, layer.head_size_v)
-        return self._pages[1]
-
-    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        """Write a step's keys and values, [tokens, kv_heads, head_size]; slot -1 is not written."""
-        if self.attn_type in ENCODER:
-            return
-        tokens = slot_mapping.shape[0]
-        torch.ops.gcu.write_kv(key[:tokens], value[:tokens], slot_mapping, **self.pages_of(layer, kv_cache))
+    def layer_of(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> Layer:
+        """What of the layer stays from step to step, made once for a cache."""
+        if kv_cache is not self._cache or kv_cache.data_ptr() != self._address or query.dtype is not self._layer.dtype:
+            views = pages(kv_cache, layer.head_size, layer.head_size_v)
+            self._layer = Layer(query.dtype, self.num_heads, **views, **self.settings)
+            self._cache, self._address = kv_cache, kv_cache.data_ptr()
+        return self._layer
 
     def forward(
         self,
@@ -201,19 +210,10 @@ class GcuAttentionImpl(AttentionImpl):
         if self.attn_type in ENCODER:
             self.encode(query, key, value, m, output)
             return output
-        views = self.pages_of(layer, kv_cache)
-        output[: m.tokens] = torch.ops.gcu.paged_attention(
-            query[: m.tokens],
-            views["k_cache"],
-            views["v_cache"],
-            m.block_table,
-            m.query_start_loc,
-            m.seq_lens,
-            k_scale=views.get("k_scale_cache"),
-            v_scale=views.get("v_scale_cache"),
-            causal=m.causal,
-            **self.settings,
-        )
+        known = self.layer_of(layer, query, kv_cache)
+        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            known.write(key, value, m.step)
+        known.attend(query, output, m.step)
         return output
 
     def encode(self, query, key, value, m: Metadata, output: torch.Tensor) -> None:

@@ -63,8 +63,10 @@ def scales(op: str, name: str, of: torch.Tensor, scale: torch.Tensor | None, zer
         raise invalid(op, f"{name}_scale", None, "a tensor: an int8 cache has no meaning without its scale")
     if of.dtype != torch.int8 and (scale is not None or zero is not None):
         raise invalid(op, f"{name}_cache's dtype", of.dtype, "torch.int8, since a scale or a zero point is given")
+    if scale is None:
+        return
     shapes = [(), (1,), (of.shape[1],), tuple(of.shape[:3])]
-    if scale is not None and tuple(scale.shape) not in shapes:
+    if tuple(scale.shape) not in shapes:
         raise invalid(op, f"{name}_scale", scale.shape, " or ".join(map(str, shapes)))
     if zero is not None and (zero.shape != scale.shape or zero.dtype != torch.int32):
         is_ = f"{zero.dtype} {tuple(zero.shape)}"

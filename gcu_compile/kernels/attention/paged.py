@@ -9,7 +9,7 @@ from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.softmax import attend, compute_dtype
 from gcu_compile.kernels.host import attention as host
 from gcu_compile.kernels.triton import paged_attention as triton
-from gcu_compile.options import resolve
+from gcu_compile.options import debug_checks
 
 TENSORS = (
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, "
@@ -190,7 +190,7 @@ def _run_host_int8(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _run_triton(*args, **kwargs) -> torch.Tensor:
     check(*args, **kwargs)
-    if resolve().debug_checks:  # a kernel on a device cannot raise
+    if debug_checks():  # a kernel on a device cannot raise
         values(*args, **kwargs)
     return triton.run(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
-from gcu_compile.options import resolve
+from gcu_compile.options import debug_checks
 
 SCHEMA = (
     "(Tensor qkv, Tensor cos_sin, Tensor? positions, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -198,7 +198,7 @@ def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=No
               **kwargs) -> torch.Tensor:  # fmt: skip
     given = (qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, *args)
     check(*given, **kwargs)
-    if resolve().debug_checks:
+    if debug_checks():
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
     q_size, k_size = heads_of(qkv, k_cache, v_cache) * k_cache.shape[3], k_cache.shape[1] * k_cache.shape[3]
     q, k, v = qkv[:, :q_size], qkv[:, q_size : q_size + k_size], qkv[:, q_size + k_size :]
@@ -211,7 +211,7 @@ def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=No
 
 def _run_triton(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs) -> torch.Tensor:
     check(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
-    if resolve().debug_checks:  # a kernel on a device cannot raise
+    if debug_checks():  # a kernel on a device cannot raise
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
     return triton.run(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
 

@@ -9,7 +9,7 @@ from gcu_compile.kernels.attention import checks, rope, touched
 from gcu_compile.kernels.attention.softmax import compute_dtype
 from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
-from gcu_compile.options import resolve
+from gcu_compile.options import debug_checks
 
 SCHEMA = (
     "(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k_scale=None, "
@@ -73,7 +73,7 @@ def _refuses_host(k, v, slot_mapping, k_cache, *args, **kwargs) -> str | None:
 
 def _run_host(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs) -> None:
     check(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs)
-    if resolve().debug_checks:
+    if debug_checks():
         values(slot_mapping, k_cache)
     done, _ = host.run(None, _rows(k), _rows(v), slot_mapping, k_cache, v_cache, *args, **kwargs)
     if not done:  # the kernel met a slot out of range: the check that names it
@@ -82,7 +82,7 @@ def _run_host(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs) -> None:
 
 def _run_triton(k, v, slot_mapping, k_cache, *args, **kwargs) -> None:
     check(k, v, slot_mapping, k_cache, *args, **kwargs)
-    if resolve().debug_checks:
+    if debug_checks():
         values(slot_mapping, k_cache)
     triton.write(k, v, slot_mapping, k_cache, *args, **kwargs)
 

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host.fields import Fields
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.bool: 4}
-P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
-
-
-class Strides(ctypes.Structure):
-    """`struct Strides` of attention/arguments.h."""
-
-    _fields_ = (("outer", I64), ("head", I64), ("token", I64))
-
-
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of attention/arguments.h, field by field."""
-
-    _fields_ = (
-        *((name, P) for name in ("q", "k", "v", "out")),
-        *((name, Strides) for name in ("q_at", "k_at", "v_at", "out_at")),
-        *((name, I64) for name in ("sequences", "heads", "kv_heads", "head_dim", "v_dim", "tokens")),
-        *((name, P) for name in ("block_table", "query_start_loc", "seq_lens")),
-        *((name, I64) for name in ("table_stride", "table_blocks", "block_size", "num_blocks")),
-        *((name, I64) for name in ("q_len", "kv_len", "offset")),
-        *((name, P) for name in ("k_scale", "v_scale", "k_zero", "v_zero")),
-        *((name, I64) for name in ("k_scale_kind", "v_scale_kind")),
-        *((name, Strides) for name in ("k_scale_at", "v_scale_at")),
-        ("bias", P),
-        *((name, I64) for name in ("bias_dtype", "bias_batch", "bias_head", "bias_query", "bias_key")),
-        *((name, P) for name in ("alibi_slopes", "sinks")),
-        *((name, F64) for name in ("scale", "soft_cap")),
-        ("window", I64),
-        *((name, I32) for name in ("causal", "dtype", "cache_dtype", "threads")),
-        *((name, P) for name in ("quantised", "quantised_scale")),
-    )
+# `struct Arguments` of attention/arguments.h, field by field.
+FIELDS = Fields(
+    "q out q_outer q_head q_token out_outer out_head out_token tokens sequences "
+    "block_table query_start_loc seq_lens table_stride table_blocks causal threads",
+    "k v k_outer k_head k_token v_outer v_head v_token heads kv_heads head_dim v_dim block_size num_blocks "
+    "q_len kv_len offset k_scale v_scale k_zero v_zero k_scale_kind v_scale_kind "
+    "k_scale_outer k_scale_head k_scale_token v_scale_outer v_scale_head v_scale_token "
+    "bias bias_dtype bias_batch bias_head bias_query bias_key alibi_slopes sinks scale soft_cap window "
+    "dtype cache_dtype quantised quantised_scale",
+    doubles=("scale", "soft_cap"),
+)
 
 
 def unavailable() -> str | None:
@@ -51,11 +31,11 @@ def unavailable() -> str | None:
     return None
 
 
-def _pointer(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
-def _floats(x: torch.Tensor | None) -> torch.Tensor | None:
+def floats(x: torch.Tensor | None) -> torch.Tensor | None:
     """float32 and contiguous; the caller keeps it alive until the call is over."""
     return None if x is None else x.to(torch.float32).contiguous()
 
@@ -65,15 +45,28 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
 
 
-def _common(q, k, window, soft_cap, scale, causal, alibi_slopes, sinks) -> dict:
+def _common(dtype, k, v, heads, window, soft_cap, scale, alibi_slopes, sinks) -> dict:
+    """What dense and paged calls share: `k` and `v` [batch or blocks, kv_heads, tokens, size]."""
+    k_at, v_at = k.stride(), v.stride()
     return {
-        "alibi_slopes": _pointer(alibi_slopes),
-        "sinks": _pointer(sinks),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "k_outer": k_at[0],
+        "k_head": k_at[1],
+        "k_token": k_at[2],
+        "v_outer": v_at[0],
+        "v_head": v_at[1],
+        "v_token": v_at[2],
+        "heads": heads,
+        "kv_heads": k.shape[1],
+        "head_dim": k.shape[3],
+        "v_dim": v.shape[3],
+        "alibi_slopes": pointer(alibi_slopes),
+        "sinks": pointer(sinks),
         "scale": scale,
         "soft_cap": soft_cap,
         "window": window or 0,
-        "causal": causal,
-        "dtype": DTYPES[q.dtype],
+        "dtype": DTYPES[dtype],
         "cache_dtype": DTYPES[k.dtype],
         "threads": torch.get_num_threads(),
     }
@@ -94,35 +87,17 @@ def run_dense(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causa
     q, k, v = map(_rows, (q, k, v))
     out = q.new_empty(batch, heads, q_len, v.shape[3])
     bias = None if bias is None else bias.expand(batch, heads, q_len, k.shape[2])
-    alibi_slopes, sinks = _floats(alibi_slopes), _floats(sinks)
-
-    def at(x):
-        return Strides(x.stride(0), x.stride(1), x.stride(2))
-
-    arguments = Arguments(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        q_at=at(q),
-        k_at=at(k),
-        v_at=at(v),
-        out_at=at(out),
-        sequences=batch,
-        heads=heads,
-        kv_heads=k.shape[1],
-        head_dim=head_dim,
-        v_dim=v.shape[3],
-        q_len=q_len,
-        kv_len=k.shape[2],
-        offset=causal_offset,
-        bias=_pointer(bias),
-        **_common(q, k, window, soft_cap, scale, causal, alibi_slopes, sinks),
-    )
+    alibi_slopes, sinks = floats(alibi_slopes), floats(sinks)
+    fields = _common(q.dtype, k, v, heads, window, soft_cap, scale, alibi_slopes, sinks)
+    fields["q"], fields["out"] = q.data_ptr(), out.data_ptr()
+    fields["q_outer"], fields["q_head"], fields["q_token"], _ = q.stride()
+    fields["out_outer"], fields["out_head"], fields["out_token"], _ = out.stride()
+    fields["sequences"], fields["causal"], fields["offset"] = batch, causal, causal_offset
+    fields["q_len"], fields["kv_len"] = q_len, k.shape[2]
     if bias is not None:
-        arguments.bias_dtype = DTYPES[bias.dtype]
-        arguments.bias_batch, arguments.bias_head, arguments.bias_query, arguments.bias_key = bias.stride()
-    build.load("attention").gcu_attention(ctypes.byref(arguments))
+        fields["bias"], fields["bias_dtype"] = bias.data_ptr(), DTYPES[bias.dtype]
+        fields |= zip(("bias_batch", "bias_head", "bias_query", "bias_key"), bias.stride(), strict=True)
+    build.load("attention").gcu_attention(FIELDS.pack(fields))
     return out
 
 
@@ -143,9 +118,21 @@ def _scale(fields: dict, name: str, scale, zero_point, held: list) -> None:
     if zero_point is not None and kind == 3 and zero_point.stride() != scale.stride():
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
     held += [scale, zero_point]
-    fields |= {f"{name}_scale": scale.data_ptr(), f"{name}_zero": _pointer(zero_point), f"{name}_scale_kind": kind}
+    fields |= {f"{name}_scale": scale.data_ptr(), f"{name}_zero": pointer(zero_point), f"{name}_scale_kind": kind}
     if kind == 3:
-        fields[f"{name}_scale_at"] = Strides(scale.stride(0), scale.stride(1), scale.stride(2))
+        fields |= zip((f"{name}_scale_{part}" for part in ("outer", "head", "token")), scale.stride(), strict=True)
+
+
+def paged_fields(dtype, heads, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, alibi_slopes, sinks,
+                 scale, window, soft_cap) -> tuple[dict, list]:  # fmt: skip
+    """Fields of a paged call that a layer keeps, for queries of `dtype`; tensors that must live as long as they."""
+    alibi_slopes, sinks = floats(alibi_slopes), floats(sinks)
+    held = [k_cache, v_cache, alibi_slopes, sinks]
+    fields = _common(dtype, k_cache, v_cache, heads, window, soft_cap, scale, alibi_slopes, sinks)
+    fields["num_blocks"], _, fields["block_size"], _ = k_cache.shape
+    _scale(fields, "k", k_scale, k_zero_point, held)
+    _scale(fields, "v", v_scale, v_zero_point, held)
+    return fields, held
 
 
 def run_paged(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=None, v_scale=None,
@@ -159,35 +146,16 @@ def run_paged(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_sca
     q, out = _rows(q), q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     query_start_loc, seq_lens = query_start_loc.contiguous(), seq_lens.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    alibi_slopes, sinks, held, fields = _floats(alibi_slopes), _floats(sinks), [], {}
-    _scale(fields, "k", k_scale, k_zero_point, held)
-    _scale(fields, "v", v_scale, v_zero_point, held)
-    arguments = Arguments(
-        q=q.data_ptr(),
-        k=k_cache.data_ptr(),
-        v=v_cache.data_ptr(),
-        out=out.data_ptr(),
-        q_at=Strides(0, q.stride(1), q.stride(0)),
-        k_at=Strides(*k_cache.stride()[:3]),
-        v_at=Strides(*v_cache.stride()[:3]),
-        out_at=Strides(0, out.stride(1), out.stride(0)),
-        sequences=seq_lens.shape[0],
-        heads=q.shape[1],
-        kv_heads=k_cache.shape[1],
-        head_dim=q.shape[2],
-        v_dim=v_cache.shape[3],
-        tokens=q.shape[0],
-        # An empty tensor has no address, and none means "dense".
-        block_table=block_table.data_ptr() or query_start_loc.data_ptr(),
-        query_start_loc=query_start_loc.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        table_stride=block_table.stride(0),
-        table_blocks=block_table.shape[1],
-        block_size=k_cache.shape[2],
-        num_blocks=k_cache.shape[0],
-        **fields,
-        **_common(q, k_cache, window, soft_cap, scale, causal, alibi_slopes, sinks),
-    )
+    fields, _held = paged_fields(q.dtype, q.shape[1], k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point,
+                                 alibi_slopes, sinks, scale, window, soft_cap)  # fmt: skip
+    fields["q"], fields["out"], fields["tokens"], fields["causal"] = q.data_ptr(), out.data_ptr(), q.shape[0], causal
+    fields["q_token"], fields["q_head"], _ = q.stride()
+    fields["out_token"], fields["out_head"], _ = out.stride()
+    fields["sequences"] = seq_lens.shape[0]
+    fields["query_start_loc"], fields["seq_lens"] = query_start_loc.data_ptr(), seq_lens.data_ptr()
+    # An empty tensor has no address, and none means "dense".
+    fields["block_table"] = block_table.data_ptr() or query_start_loc.data_ptr()
+    fields["table_stride"], fields["table_blocks"] = block_table.stride(0), block_table.shape[1]
     if quantised is not None:
-        arguments.quantised, arguments.quantised_scale = (x.data_ptr() for x in quantised)
-    return None if build.load("attention").gcu_attention(ctypes.byref(arguments)) else out
+        fields["quantised"], fields["quantised_scale"] = (x.data_ptr() for x in quantised)
+    return None if build.load("attention").gcu_attention(FIELDS.pack(fields)) else out

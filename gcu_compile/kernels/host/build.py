@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from gcu_compile.cxx import compile_library as _compile
 from gcu_compile.cxx import find_compiler, version, writable
 from gcu_compile.errors import KernelBuildError
-from gcu_compile.options import resolve
+from gcu_compile.options import resolve, watched
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -37,7 +36,7 @@ ISA_FLAGS = {
     "portable": (),
 }
 # What decides which library is loaded.
-VARIABLES = ("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")
+VARIABLES = watched("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")
 BY_CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
@@ -72,11 +71,11 @@ def load(name: str) -> ctypes.CDLL:
     Raises:
         KernelBuildError: no g++ (or `CXX`), or it refused the source.
     """
-    return _load_for(name, *map(os.environ.get, VARIABLES))
+    return _load_for(name, VARIABLES())
 
 
 @functools.cache
-def _load_for(name: str, *environ: str | None) -> ctypes.CDLL:
+def _load_for(name: str, environ: tuple) -> ctypes.CDLL:
     """Reading the options costs more than a small kernel runs: it is done once per environment."""
     return _load(name, host_isa(), str(resolve().effective_cache_dir()))
 

@@ -14,8 +14,9 @@
 #include <cstring>
 
 namespace {
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
+enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t LARGEST_HEAD = 1024;
+constexpr int64_t WAKE = 2048;  // fewer heads take less time than waking other threads
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -32,32 +33,39 @@ struct Strides {
   int64_t block, head, slot;
 };
 
-// One of k and v: its source and its cache. Field order is that of `Side` in host/rope.py.
+// The cache of k or v.
 struct Side {
-  const void* from;
-  int64_t from_stride;  // from token to token
-  int64_t size;         // of a head
+  int64_t size;  // of a head
   void* cache;
   Strides at;
-  const float* scale;    // `scales` of them: 1 or kv_heads; null: a float cache, or scales that are computed
-  const int32_t* zero;   // as many, or null
+  const float* scale;   // `scales` of them: 1 or kv_heads; null: a float cache, or scales that are computed
+  const int32_t* zero;  // as many, or null
   int64_t scales;
-  float* scale_cache;    // written; or null
+  float* scale_cache;   // written; or null
   Strides scale_at;
 };
 
+// 8 bytes a field, in the order of `FIELDS` in host/rope.py.
 struct Arguments {
+  // What changes from step to step. kernels/attention/layer.py writes this part anew and keeps the rest of a layer.
   const void* q;  // [tokens, heads, head_dim], `q_stride` from token to token; null: none
   void* q_out;    // contiguous
-  int64_t q_stride, tokens, heads, kv_heads;
+  int64_t q_stride;
+  const void* k_from;
+  int64_t k_stride;
+  const void* v_from;
+  int64_t v_stride;
+  int64_t tokens;
+  const int64_t *positions, *slots;  // positions: null: row t is token t
+  int64_t threads;
+  // What a layer keeps.
+  int64_t heads, kv_heads;
   Side k, v;
   const void* cos_sin;  // [rows, rotary], `cos_sin_stride` from row to row
-  int64_t cos_sin_stride, rows, rotary;
-  const int64_t *positions, *slots;  // positions: null: row t is token t
-  int64_t block_size, slot_count;
+  int64_t cos_sin_stride, rows, rotary, block_size, slot_count;
   const float *q_norm, *k_norm;
   double eps;
-  int32_t interleaved, dtype, cache_dtype, cos_sin_dtype, threads;
+  int64_t interleaved, dtype, cache_dtype, cos_sin_dtype;
 };
 
 namespace {
@@ -204,21 +212,21 @@ void run(const Arguments& in, int64_t token) {
   if (slot < 0) return;
   int64_t block = slot / in.block_size, offset = slot % in.block_size;
   for (int64_t head = 0; head < in.kv_heads; ++head) {
-    int64_t k_at = token * in.k.from_stride + head * dim, v_at = token * in.v.from_stride + head * in.v.size;
+    int64_t k_at = token * in.k_stride + head * dim, v_at = token * in.v_stride + head * in.v.size;
     if (straight(in, in.k_norm, in.cache_dtype)) {
-      through(in, in.k.from, k_at, in.k.cache, place(in.k, block, offset, head), row, dim);
+      through(in, in.k_from, k_at, in.k.cache, place(in.k, block, offset, head), row, dim);
     } else {
-      read(in.k.from, k_at, dim, in.dtype, x);
+      read(in.k_from, k_at, dim, in.dtype, x);
       turn(in.k_norm);
       keep(in.k, in.cache_dtype, block, offset, head, x);
     }
     if (in.cache_dtype == in.dtype) {
       int64_t size = in.dtype == F32 ? 4 : 2;
       char* to = static_cast<char*>(in.v.cache) + place(in.v, block, offset, head) * size;
-      std::memcpy(to, static_cast<const char*>(in.v.from) + v_at * size, in.v.size * size);
+      std::memcpy(to, static_cast<const char*>(in.v_from) + v_at * size, in.v.size * size);
       continue;
     }
-    read(in.v.from, v_at, in.v.size, in.dtype, x);
+    read(in.v_from, v_at, in.v.size, in.dtype, x);
     keep(in.v, in.cache_dtype, block, offset, head, x);
   }
 }
@@ -232,7 +240,7 @@ extern "C" int32_t gcu_rope_and_cache(const Arguments* arguments) {
     if (in.slots[t] < -1 || in.slots[t] >= in.slot_count) return 1;
     if (in.positions && (in.positions[t] < 0 || in.positions[t] >= in.rows)) return 1;
   }
-  bool parallel = in.threads > 1 && in.tokens > 1 && in.tokens * (in.heads + in.kv_heads) > 256;
+  bool parallel = in.threads > 1 && in.tokens > 1 && in.tokens * (in.heads + in.kv_heads) > WAKE;
 #pragma omp parallel for num_threads(in.threads) if (parallel) schedule(static)
   for (int64_t t = 0; t < in.tokens; ++t) run(in, t);
   return 0;

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
-from gcu_compile.kernels.host.attention import DTYPES, I32, I64, P
+from gcu_compile.kernels.host.attention import DTYPES, floats, pointer
+from gcu_compile.kernels.host.fields import Fields
 
 LARGEST_HEAD = 1024
-
-
-class Strides(ctypes.Structure):
-    """`struct Strides` of rope.cpp."""
-
-    _fields_ = (("block", I64), ("head", I64), ("slot", I64))
-
-
-class Side(ctypes.Structure):
-    """`struct Side` of rope.cpp: one of k and v, its source and its cache."""
-
-    _fields_ = (
-        ("source", P),
-        ("source_stride", I64),
-        ("size", I64),
-        ("cache", P),
-        ("at", Strides),
-        ("scale", P),
-        ("zero", P),
-        ("scales", I64),
-        ("scale_cache", P),
-        ("scale_at", Strides),
-    )
-
-
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of rope.cpp, field by field."""
-
-    _fields_ = (
-        ("q", P),
-        ("q_out", P),
-        *((name, I64) for name in ("q_stride", "tokens", "heads", "kv_heads")),
-        ("k", Side),
-        ("v", Side),
-        ("cos_sin", P),
-        *((name, I64) for name in ("cos_sin_stride", "rows", "rotary")),
-        *((name, P) for name in ("positions", "slots")),
-        *((name, I64) for name in ("block_size", "slot_count")),
-        *((name, P) for name in ("q_norm", "k_norm")),
-        ("eps", ctypes.c_double),
-        *((name, I32) for name in ("interleaved", "dtype", "cache_dtype", "cos_sin_dtype", "threads")),
-    )
+SIDE = (
+    "{0}_size {0}_cache {0}_block {0}_head {0}_slot {0}_scale {0}_zero {0}_scales {0}_scale_cache "
+    "{0}_scale_block {0}_scale_head {0}_scale_slot "
+)
+# `struct Arguments` of rope.cpp, field by field.
+FIELDS = Fields(
+    "q q_out q_stride k k_stride v v_stride tokens positions slots threads",
+    "heads kv_heads "
+    + SIDE.format("k")
+    + SIDE.format("v")
+    + "cos_sin cos_sin_stride rows rotary block_size slot_count q_norm k_norm eps interleaved "
+    "dtype cache_dtype cos_sin_dtype",
+    doubles=("eps",),
+)
 
 
 def refuses(source: torch.Tensor, cache: torch.Tensor, cos_sin: torch.Tensor | None = None) -> str | None:
@@ -69,14 +40,36 @@ def refuses(source: torch.Tensor, cache: torch.Tensor, cos_sin: torch.Tensor | N
     return None
 
 
-def _side(x, cache, scale, zero_point, scale_cache) -> Side:
-    side = Side(x.data_ptr(), x.stride(0), cache.shape[3], cache.data_ptr(), Strides(*cache.stride()[:3]))
+def _side(name: str, cache, scale, zero_point, scale_cache) -> dict:
+    block, head, slot, _ = cache.stride()
+    fields = {
+        f"{name}_size": cache.shape[3],
+        f"{name}_cache": cache.data_ptr(),
+        f"{name}_block": block,
+        f"{name}_head": head,
+        f"{name}_slot": slot,
+    }
     if scale_cache is not None:
-        side.scale_cache, side.scale_at = scale_cache.data_ptr(), Strides(*scale_cache.stride())
+        fields[f"{name}_scale_cache"] = scale_cache.data_ptr()
+        fields |= zip((f"{name}_scale_{part}" for part in ("block", "head", "slot")), scale_cache.stride(), strict=True)
     elif scale is not None:
-        side.scale, side.scales = scale.data_ptr(), scale.numel()
-        side.zero = None if zero_point is None else zero_point.data_ptr()
-    return side
+        fields[f"{name}_scale"], fields[f"{name}_scales"] = scale.data_ptr(), scale.numel()
+        fields[f"{name}_zero"] = pointer(zero_point)
+    return fields
+
+
+def write_fields(dtype, k_cache, v_cache, k_scale=None, v_scale=None, k_zero_point=None, v_zero_point=None,
+                 k_scale_cache=None, v_scale_cache=None) -> tuple[dict, list]:  # fmt: skip
+    """Fields of a write that a layer keeps, for keys of `dtype`; tensors that must live as long as they."""
+    k_scale, v_scale = floats(k_scale), floats(v_scale)
+    fields = _side("k", k_cache, k_scale, k_zero_point, k_scale_cache)
+    fields |= _side("v", v_cache, v_scale, v_zero_point, v_scale_cache)
+    blocks, fields["kv_heads"], fields["block_size"], _ = k_cache.shape
+    fields["slot_count"] = blocks * fields["block_size"]
+    fields["dtype"], fields["cache_dtype"] = DTYPES[dtype], DTYPES[k_cache.dtype]
+    fields["threads"] = torch.get_num_threads()
+    held = [k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache]
+    return fields, held
 
 
 def run(q, k, v, slot_mapping, k_cache, v_cache, k_scale=None, v_scale=None, k_zero_point=None, v_zero_point=None,
@@ -93,35 +86,25 @@ def run(q, k, v, slot_mapping, k_cache, v_cache, k_scale=None, v_scale=None, k_z
         Whether all slots and positions are in range (nothing is written if not); q as [tokens, heads, head_dim].
     """
     tokens, head_dim = k.shape[0], k_cache.shape[3]
-    scales = [None if x is None else x.float().contiguous() for x in (k_scale, v_scale, q_norm, k_norm)]
-    slots, positions = slot_mapping.contiguous(), None if positions is None else positions.contiguous()
-    if cos_sin is not None and cos_sin.stride(1) != 1:
-        cos_sin = cos_sin.contiguous()
-    heads = 0 if q is None else q.shape[1] // head_dim
-    out = None if q is None else q.new_empty(tokens, heads, head_dim)
-    arguments = Arguments(
-        q=None if q is None else q.data_ptr(),
-        q_out=None if q is None else out.data_ptr(),
-        q_stride=0 if q is None else q.stride(0),
-        tokens=tokens,
-        heads=heads,
-        kv_heads=k_cache.shape[1],
-        k=_side(k, k_cache, scales[0], k_zero_point, k_scale_cache),
-        v=_side(v, v_cache, scales[1], v_zero_point, v_scale_cache),
-        slots=slots.data_ptr(),
-        block_size=k_cache.shape[2],
-        slot_count=k_cache.shape[0] * k_cache.shape[2],
-        q_norm=None if q_norm is None else scales[2].data_ptr(),
-        k_norm=None if k_norm is None else scales[3].data_ptr(),
-        eps=eps,
-        interleaved=interleaved,
-        dtype=DTYPES[k.dtype],
-        cache_dtype=DTYPES[k_cache.dtype],
-        threads=torch.get_num_threads(),
+    fields, _held = write_fields(
+        k.dtype, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache
     )
+    slots, out = slot_mapping.contiguous(), None
+    fields["k"], fields["k_stride"] = k.data_ptr(), k.stride(0)
+    fields["v"], fields["v_stride"] = v.data_ptr(), v.stride(0)
+    fields["tokens"], fields["slots"] = tokens, slots.data_ptr()
+    if q is not None:
+        heads = q.shape[1] // head_dim
+        out = q.new_empty(tokens, heads, head_dim)
+        fields["q"], fields["q_out"], fields["q_stride"] = q.data_ptr(), out.data_ptr(), q.stride(0)
+        fields["heads"] = heads
+    q_norm, k_norm = floats(q_norm), floats(k_norm)
+    fields["q_norm"], fields["k_norm"] = pointer(q_norm), pointer(k_norm)
+    fields["eps"], fields["interleaved"] = eps, interleaved
     if cos_sin is not None:
-        arguments.cos_sin, arguments.cos_sin_stride = cos_sin.data_ptr(), cos_sin.stride(0)
-        arguments.rows, arguments.rotary = cos_sin.shape
-        arguments.cos_sin_dtype = DTYPES[cos_sin.dtype]
-        arguments.positions = None if positions is None else positions.data_ptr()
-    return build.load("rope").gcu_rope_and_cache(ctypes.byref(arguments)) == 0, out
+        cos_sin = cos_sin if cos_sin.stride(1) == 1 else cos_sin.contiguous()
+        positions = None if positions is None else positions.contiguous()
+        fields["cos_sin"], fields["cos_sin_stride"] = cos_sin.data_ptr(), cos_sin.stride(0)
+        fields["rows"], fields["rotary"] = cos_sin.shape
+        fields["cos_sin_dtype"], fields["positions"] = DTYPES[cos_sin.dtype], pointer(positions)
+    return build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0, out

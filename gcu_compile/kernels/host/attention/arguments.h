@@ -1,23 +1,27 @@
-// What Python hands over. Field order is that of `Strides` and `Arguments` in host/attention.py; null pointers: not
-// asked for.
+// What Python hands over: 8 bytes a field, in the order of `FIELDS` in host/attention.py; null pointers: not asked for.
 #pragma once
 
 #include <cstdint>
 
-enum Dtype : int32_t { F32T = 0, BF16T = 1, F16T = 2, I8T = 3, BOOLT = 4 };
+enum Dtype : int64_t { F32T = 0, BF16T = 1, F16T = 2, I8T = 3, BOOLT = 4 };
 
 struct Strides {
   int64_t outer, head, token;  // dense: outer is the batch; caches: the block, and token the slot in it
 };
 
 struct Arguments {
-  const void *q, *k, *v;
+  // What changes from step to step. kernels/attention/layer.py writes this part anew and keeps the rest of a layer.
+  const void* q;
   void* out;
-  Strides q_at, k_at, v_at, out_at;  // in elements; values of one head are adjacent
-  int64_t sequences, heads, kv_heads, head_dim, v_dim, tokens;
+  Strides q_at, out_at;  // in elements; values of one head are adjacent
+  int64_t tokens, sequences;
   // Paged: tables. Dense: q_len, kv_len, offset, and one "block" per sequence.
   const int32_t *block_table, *query_start_loc, *seq_lens;
-  int64_t table_stride, table_blocks, block_size, num_blocks;
+  int64_t table_stride, table_blocks, causal, threads;
+  // What a layer keeps.
+  const void *k, *v;
+  Strides k_at, v_at;
+  int64_t heads, kv_heads, head_dim, v_dim, block_size, num_blocks;
   int64_t q_len, kv_len, offset;
   const float *k_scale, *v_scale;  // kind 1: one number, 2: [kv_heads], 3: per token and head, by the strides
   const int32_t *k_zero, *v_zero;
@@ -28,7 +32,7 @@ struct Arguments {
   const float *alibi_slopes, *sinks;  // [heads]
   double scale, soft_cap;
   int64_t window;  // 0: none
-  int32_t causal, dtype, cache_dtype, threads;
-  int8_t* quantised;      // [tokens, heads, v_dim], or null
-  float* quantised_scale; // [tokens]
+  int64_t dtype, cache_dtype;
+  int8_t* quantised;       // [tokens, heads, v_dim], or null
+  float* quantised_scale;  // [tokens]
 };

@@ -1,0 +1,159 @@
+"""Attention and KV write of one layer, step after step, without the cost of a call of their operations.
+
+`torch.ops.gcu.paged_attention` checks and converts some sixty numbers on every call, of which a layer of a model keeps
+all but ten. `Layer` converts the others once, `Step` those that the layers of one step share; a call is then a few
+microseconds. It means what the operations mean: whatever it does not take at a glance goes through them, which run it
+or say what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.attention import checks, paged, write
+from gcu_compile.kernels.host import attention as host
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.host import rope as host_write
+from gcu_compile.options import debug_checks
+
+
+class Step:
+    """Tables of a batch, checked and converted once for all layers; their numbers are read at each call.
+
+    Args:
+        block_table, query_start_loc, seq_lens, causal: as for `gcu::paged_attention`.
+        slot_mapping: as for `gcu::write_kv`, or None: nothing is written.
+
+    Raises:
+        InvalidInputError: shapes or dtypes that have no meaning.
+    """
+
+    def __init__(self, block_table, query_start_loc, seq_lens, slot_mapping=None, causal: bool = True):
+        self.given = block_table, query_start_loc, seq_lens, slot_mapping, causal
+        checks.paged_layout("paged_attention", block_table, query_start_loc, seq_lens)
+        if slot_mapping is not None and (slot_mapping.dim() != 1 or slot_mapping.dtype != torch.int64):
+            is_ = f"{slot_mapping.dtype} {tuple(slot_mapping.shape)}"
+            raise checks.invalid("write_kv", "slot_mapping", is_, "int64 [tokens]")
+        self.block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        self.query_start_loc, self.seq_lens = query_start_loc.contiguous(), seq_lens.contiguous()
+        self.slot_mapping, self.causal = None if slot_mapping is None else slot_mapping.contiguous(), causal
+        self.slots = 0 if slot_mapping is None else slot_mapping.shape[0]
+        self.threads = torch.get_num_threads()
+        self.native = all(x.device.type == "cpu" for x in (block_table, query_start_loc, seq_lens))
+        starts = self.query_start_loc.data_ptr()
+        # Fields `sequences` to `threads` of the C++ kernel's arguments.
+        self.tables = (
+            seq_lens.shape[0],
+            self.block_table.data_ptr() or starts,  # an empty tensor has no address, and none means "dense"
+            starts,
+            self.seq_lens.data_ptr(),
+            self.block_table.stride(0),
+            self.block_table.shape[1],
+            int(causal),
+            self.threads,
+        )
+
+
+class Layer:
+    """One layer's cache and settings.
+
+    Args:
+        dtype, heads: of the queries.
+        k_cache, v_cache: as for `gcu::paged_attention`; they and the scales are held as long as the layer lives.
+        k_scale_cache, v_scale_cache: of int8 caches: read by `attend`, written by `write`.
+        settings: the keyword arguments of `gcu::paged_attention` but `causal`, and alibi_slopes and sinks.
+    """
+
+    def __init__(self, dtype, heads, k_cache, v_cache, k_scale_cache=None, v_scale_cache=None, **settings):
+        self.caches = {"k_cache": k_cache, "v_cache": v_cache}
+        self.written = self.caches | {"k_scale_cache": k_scale_cache, "v_scale_cache": v_scale_cache}
+        self.settings = {"k_scale": k_scale_cache, "v_scale": v_scale_cache, **settings}
+        self.dtype = dtype
+        _, kv_heads, _, size = k_cache.shape
+        v_size = v_cache.shape[3]
+        self.q_shape, self.out_shape = (heads, size), (heads, v_size)
+        self.k_shape, self.v_shape = (kv_heads, size), (kv_heads, v_size)
+        self._attend = self._write = None
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters, which may change or move
+        if k_cache.device.type == "cpu" and dtype in host.DTYPES and dtype.is_floating_point:
+            self._prepare(heads)
+
+    def _prepare(self, heads: int) -> None:
+        none = torch.empty(0, dtype=torch.int32)
+        q = torch.empty(0, *self.q_shape, dtype=self.dtype)
+        paged.check(q, **self.caches, block_table=none.view(0, 0), query_start_loc=torch.zeros(1, dtype=torch.int32),
+                    seq_lens=none, **self.settings)  # fmt: skip
+        k, v = (torch.empty(0, *shape, dtype=self.dtype) for shape in (self.k_shape, self.v_shape))
+        write.check(k, v, torch.empty(0, dtype=torch.int64), **self.written)
+        if host.refuses_paged(q, **self.caches) is None:
+            given = {"alibi_slopes": None, "sinks": None, "window": None, "soft_cap": 0.0, **self.settings}
+            for name in ("alibi_slopes", "sinks"):
+                if given[name] is not None:
+                    copy = torch.empty(heads, dtype=torch.float32)
+                    self._copies.append((copy, given[name]))
+                    given[name] = copy
+            fields, held = host.paged_fields(
+                self.dtype, heads, k_zero_point=None, v_zero_point=None, **self.caches, **given
+            )
+            self._attend, self._held = host.FIELDS.kept(fields), held
+        if host_write.refuses(k, self.caches["k_cache"]) is None:
+            fields, held = host_write.write_fields(self.dtype, **self.written)
+            self._write, self._held_by_write = host_write.FIELDS.kept(fields), held
+
+    def attend(self, q: torch.Tensor, output: torch.Tensor, step: Step) -> None:
+        """`gcu::paged_attention` of `q` [tokens, heads, head_dim] into `output` [tokens, heads, v_dim]."""
+        tokens, *sizes = q.shape
+        prepared = (
+            self._attend is not None
+            and step.native
+            and registry.watcher is None  # the shadow check sees operations
+            and q.dtype is self.dtype
+            and output.dtype is self.dtype
+            and tuple(sizes) == self.q_shape
+            and output.shape == (tokens, *self.out_shape)
+            and output.is_contiguous()
+        )
+        at = q.stride()
+        if not prepared or at[2] != 1:
+            tables = step.block_table, step.query_start_loc, step.seq_lens
+            output.copy_(torch.ops.gcu.paged_attention(q, *self.caches.values(), *tables, causal=step.causal,
+                                                       **self.settings))  # fmt: skip
+            return
+        for copy, source in self._copies:
+            copy.copy_(source)
+        size = self.out_shape[1]
+        self._attend.update(q.data_ptr(), output.data_ptr(), 0, at[1], at[0], 0, size, self.out_shape[0] * size, tokens,
+                            *step.tables)  # fmt: skip
+        registry.calls["paged_attention", "host_cpp"] += 1
+        if build.load("attention").gcu_attention(self._attend.pointer):  # lengths or entries out of range: which?
+            paged.values(q, *self.caches.values(), step.block_table, step.query_start_loc, step.seq_lens,
+                         causal=step.causal, window=self.settings.get("window"))  # fmt: skip
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """`gcu::write_kv` of the step's first tokens: `k` [tokens, kv_heads, head_dim], `v` [tokens, kv_heads, v_dim].
+
+        Rows of `k` and `v` past the step's slots are padding.
+        """
+        k_at, v_at = k.stride(), v.stride()
+        prepared = (
+            self._write is not None
+            and step.native
+            and registry.watcher is None
+            and k.dtype is self.dtype
+            and v.dtype is self.dtype
+            and k.shape[1:] == self.k_shape
+            and v.shape[1:] == self.v_shape
+            and step.slots <= k.shape[0] == v.shape[0]
+            and k_at[1:] == (self.k_shape[1], 1)
+            and v_at[1:] == (self.v_shape[1], 1)
+            and not debug_checks()
+        )
+        if not prepared:
+            torch.ops.gcu.write_kv(k[: step.slots], v[: step.slots], step.slot_mapping, **self.written)
+            return
+        self._write.update(0, 0, 0, k.data_ptr(), k_at[0], v.data_ptr(), v_at[0], step.slots, 0,
+                           step.slot_mapping.data_ptr(), step.threads)  # fmt: skip
+        registry.calls["write_kv", "host_cpp"] += 1
+        if build.load("rope").gcu_rope_and_cache(self._write.pointer):  # a slot out of range: which?
+            write.values(step.slot_mapping, self.caches["k_cache"])
