@@ -130,101 +130,13 @@ struct BF16 {
     }
   }
 
-  // Few rows (decode): K and V are used as they lie, since packing would cost more than the products. A batch of 16
-  // scores, R rows of 16 / R keys, is summed over the lanes as a transpose would do it.
-  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead) {
-    auto run = [&]<bool BYTES>() {
-      rows == 1 ? scores<1, BYTES>(q, ldq, rows, keys, n, dim, s, ahead) : rows == 2 ? scores<2, BYTES>(q, ldq, rows, keys, n, dim, s, ahead)
-      : rows <= 4 ? scores<4, BYTES>(q, ldq, rows, keys, n, dim, s, ahead) : scores<8, BYTES>(q, ldq, rows, keys, n, dim, s, ahead);
-    };
-    dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
-  }
-  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
-    auto run = [&]<bool BYTES>() {
-      rows == 1 ? weigh<1, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead) : rows == 2 ? weigh<2, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead)
-      : rows <= 4 ? weigh<4, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead) : weigh<8, BYTES>(p, rows, values, n, dim, o, ldo, alpha, ahead);
-    };
-    dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
-  }
-
-  template <int STEP = 1>
-  static void sum_lanes(Vec* x) {
-    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 2 * STEP) {
-      Int a = as_int(x[i]), b = as_int(x[i + STEP]);
-      x[i] = as_float(exchange<STEP, false>(a, b, lanes)) + as_float(exchange<STEP, true>(a, b, lanes));
-    }
-    if constexpr (2 * STEP < LANES) sum_lanes<2 * STEP>(x);
-  }
-
-  template <int R, bool BYTES>
-  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Ahead ahead) {
-    constexpr int K = 16 / R;
-    for (int key = 0; key < n; key += K) {
-      ahead.fetch(key, key + K);
-      Vec sum[16] = {};
-      for (int64_t d = 0; d < dim; d += 32) {
-        __mmask32 in = first(dim - d);
-        __m512bh row[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) row[r] = (__m512bh)_mm512_loadu_si512(q + r * ldq + d);
-#pragma GCC unroll 16
-        for (int k = 0; k < K; ++k) {
-          __m512bh x = (__m512bh)pairs<BYTES>(keys[std::min(key + k, n - 1)], d, in);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sum[r * K + k] = (Vec)_mm512_dpbf16_ps((__m512)sum[r * K + k], row[r], x);
-        }
-      }
-      sum_lanes(sum);
-      alignas(64) float values[16];
-      store(values, sum[0]);
-      for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
-    }
-  }
-
-  template <int R, bool BYTES>
-  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
-    constexpr int C = R == 8 ? 1 : 2;  // columns of 32
-    for (int64_t d = 0; d < dim; d += 32 * C) {
-      __m512 sum[R][2 * C];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < 2 * C; ++c) {
-          bool old = alpha && r < rows && d + 16 * c < ldo;
-          sum[r][c] = old ? _mm512_mul_ps(_mm512_loadu_ps(o + r * ldo + d + 16 * c), _mm512_set1_ps(alpha[r])) : _mm512_setzero_ps();
-        }
-      for (int key = 0; key < n; key += 2) {
-        if (d == 0) ahead.fetch(key, key + 2);
-        __m512bh columns[2 * C];
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) {
-          __mmask32 in = first(dim - d - 32 * c);
-          __m512i a = pairs<BYTES>(values[key], d + 32 * c, in);
-          __m512i b = pairs<BYTES>(values[std::min(key + 1, n - 1)], d + 32 * c, in);  // its weight is 0 past the end
-          columns[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(FIRST_WORDS), b);
-          columns[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(SECOND_WORDS), b);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          int32_t pair;
-          std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
-          __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-          for (int c = 0; c < 2 * C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], x, columns[c]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < 2 * C; ++c)
-          if (r < rows && d + 16 * c < ldo) _mm512_storeu_ps(o + r * ldo + d + 16 * c, sum[r][c]);
-    }
-  }
+  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead);
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead);
 };
 #pragma GCC pop_options
 
 }  // namespace
+
+#include "decode.h"
 
 #endif

@@ -17,14 +17,14 @@ struct Row {
   int32_t zero;
 };
 
-// Rows that will be read next: memory answers while this tile is computed.
+// Rows that will be read soon: memory answers while others are computed.
 struct Ahead {
   const Row* rows;
   int n;
   int64_t bytes;
   void fetch(int from, int to) const {
     for (int i = from; i < std::min(to, n); ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, 2);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, 3);
   }
 };
 

@@ -1,0 +1,142 @@
+// Few rows (decode): K and V are used as they lie, since packing would cost more than the products.
+//
+//   scores: 16 at a time, R rows of 16 / R keys, each a vector of partial sums; a transpose's exchanges add them up
+//   weigh: 16 vectors of R output rows; two keys side by side are one step of the dot products of pairs
+//
+// Rows are prefetched twice: those of the next tile into the caches at large, since pages are met in no order that the
+// CPU's own prefetcher would see, and those NEAR keys further again, for what was dropped or pushed out.
+//
+// Both are memory bound on a cache that is larger than the CPU's, provided that the 16 vectors stay in registers: hence
+// `always_inline` wherever an array of vectors is handed over, and tails as separate code.
+#pragma once
+
+namespace {
+
+constexpr int NEAR = 16;
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512bw,avx512vl")
+
+// Lane i of the result: the sum of x[i].
+[[gnu::always_inline]] inline __m512 sums(__m512 (&x)[16]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[i], x[i + 1]), _mm512_unpackhi_ps(x[i], x[i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 2]);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8) x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xEE));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[8], 0x88), _mm512_shuffle_f32x4(x[0], x[8], 0xDD));
+}
+
+// 32 numbers of a row; WHOLE: all of them are in it.
+template <bool BYTES, bool WHOLE>
+[[gnu::always_inline]] inline __m512i numbers_of(const Row& row, int64_t from, __mmask32 in) {
+  if constexpr (!BYTES) return WHOLE ? _mm512_loadu_si512(row.at + 2 * from) : _mm512_maskz_loadu_epi16(in, row.at + 2 * from);
+  return BF16::pairs<BYTES>(row, from, WHOLE ? ~0u : in);
+}
+
+template <int R, bool BYTES, bool WHOLE>
+[[gnu::always_inline]] inline void add_products(__m512 (&sum)[16], const uint16_t* q, int64_t ldq, const Row (&keys)[16 / R], int64_t d, __mmask32 in) {
+  __m512bh row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = (__m512bh)_mm512_loadu_si512(q + r * ldq + d);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16 / R; ++k) {
+    __m512bh x = (__m512bh)numbers_of<BYTES, WHOLE>(keys[k], d, in);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r * (16 / R) + k] = _mm512_dpbf16_ps(sum[r * (16 / R) + k], row[r], x);
+  }
+}
+
+template <int R, bool BYTES>
+void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Ahead ahead) {
+  constexpr int K = 16 / R;
+  int64_t whole = dim / 32 * 32;
+  for (int key = 0; key < n; key += K) {
+    Ahead{keys, n, dim * (BYTES ? 1 : 2)}.fetch(key + NEAR, key + NEAR + K);
+    ahead.fetch(key, key + K);
+    Row at[K];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) at[k] = keys[std::min(key + k, n - 1)];
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
+    if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
+    alignas(64) float values[16];
+    _mm512_store_ps(values, sums(sum));
+    for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
+  }
+}
+
+// Columns d to d + 32 C of the output rows.
+template <int R, int C, bool BYTES, bool WHOLE>
+[[gnu::always_inline]] inline void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, const float* alpha, const Ahead* ahead) {
+  const __m512i first = _mm512_load_si512(BF16::FIRST_WORDS), second = _mm512_load_si512(BF16::SECOND_WORDS);
+  __m512 sum[R * 2 * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * 2 * C; ++i) {
+    int r = i / (2 * C), c = i % (2 * C);
+    bool old = alpha && r < rows && (WHOLE || d + 16 * c < ldo);
+    sum[i] = old ? _mm512_mul_ps(_mm512_loadu_ps(o + r * ldo + d + 16 * c), _mm512_set1_ps(alpha[r])) : _mm512_setzero_ps();
+  }
+  for (int key = 0; key < n; key += 2) {
+    if (ahead) {
+      Ahead{values, n, dim * (BYTES ? 1 : 2)}.fetch(key + NEAR, key + NEAR + 2);
+      ahead->fetch(key, key + 2);
+    }
+    Row even = values[key], odd = values[std::min(key + 1, n - 1)];  // its weight is 0 past the end
+    __m512bh columns[2 * C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      __mmask32 in = WHOLE ? ~0u : BF16::first(dim - d - 32 * c);
+      __m512i a = numbers_of<BYTES, WHOLE>(even, d + 32 * c, in), b = numbers_of<BYTES, WHOLE>(odd, d + 32 * c, in);
+      columns[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, first, b);
+      columns[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, second, b);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * C; ++c) sum[r * 2 * C + c] = _mm512_dpbf16_ps(sum[r * 2 * C + c], x, columns[c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * 2 * C; ++i) {
+    int r = i / (2 * C), c = i % (2 * C);
+    if (r < rows && (WHOLE || d + 16 * c < ldo)) _mm512_storeu_ps(o + r * ldo + d + 16 * c, sum[i]);
+  }
+}
+
+template <int R, bool BYTES>
+void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+  constexpr int C = R == 8 ? 1 : R == 4 ? 2 : 4;  // columns of 32: 16 vectors, 8 for one row
+  int64_t d = 0;
+  for (; d + 32 * C <= dim; d += 32 * C) add_weighed<R, C, BYTES, true>(p, rows, values, n, dim, d, o, ldo, alpha, d ? nullptr : &ahead);
+  for (; d < dim; d += 32) add_weighed<R, 1, BYTES, false>(p, rows, values, n, dim, d, o, ldo, alpha, d ? nullptr : &ahead);
+}
+
+void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead) {
+  auto run = [&]<bool BYTES>() {
+    auto of = rows == 1 ? ::scores<1, BYTES> : rows == 2 ? ::scores<2, BYTES> : rows <= 4 ? ::scores<4, BYTES> : ::scores<8, BYTES>;
+    of(q, ldq, rows, keys, n, dim, s, ahead);
+  };
+  dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
+}
+
+void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+  auto run = [&]<bool BYTES>() {
+    auto of = rows == 1 ? ::weigh<1, BYTES> : rows == 2 ? ::weigh<2, BYTES> : rows <= 4 ? ::weigh<4, BYTES> : ::weigh<8, BYTES>;
+    of(p, rows, values, n, dim, o, ldo, alpha, ahead);
+  };
+  dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
+}
+
+#pragma GCC pop_options
+
+}  // namespace
