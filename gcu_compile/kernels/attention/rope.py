@@ -194,17 +194,13 @@ def _refuses_host(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwarg
     return host.refuses(qkv, k_cache, cos_sin)
 
 
-def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, *args,
-              **kwargs) -> torch.Tensor:  # fmt: skip
-    given = (qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, *args)
-    check(*given, **kwargs)
+def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs) -> torch.Tensor:
+    check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs)
     if debug_checks():
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
-    q_size, k_size = heads_of(qkv, k_cache, v_cache) * k_cache.shape[3], k_cache.shape[1] * k_cache.shape[3]
-    q, k, v = qkv[:, :q_size], qkv[:, q_size : q_size + k_size], qkv[:, q_size + k_size :]
-    named = {"cos_sin": cos_sin, "positions": positions, "q_norm": q_norm, "k_norm": k_norm}
-    done, out = host.run(q, k, v, slot_mapping, k_cache, v_cache, *args, **named, **kwargs)
-    if not done:  # the kernel met a slot or a position out of range: the check that names it
+    heads = heads_of(qkv, k_cache, v_cache)
+    out = host.run(qkv, heads, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs)
+    if out is None:  # the kernel met a slot or a position out of range: the check that names it
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
     return out
 

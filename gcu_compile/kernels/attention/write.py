@@ -75,9 +75,8 @@ def _run_host(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs) -> None:
     check(k, v, slot_mapping, k_cache, v_cache, *args, **kwargs)
     if debug_checks():
         values(slot_mapping, k_cache)
-    done, _ = host.run(None, _rows(k), _rows(v), slot_mapping, k_cache, v_cache, *args, **kwargs)
-    if not done:  # the kernel met a slot out of range: the check that names it
-        values(slot_mapping, k_cache)
+    if not host.run_write(_rows(k), _rows(v), slot_mapping, k_cache, v_cache, *args, **kwargs):
+        values(slot_mapping, k_cache)  # the kernel met a slot out of range: the check that names it
 
 
 def _run_triton(k, v, slot_mapping, k_cache, *args, **kwargs) -> None:

@@ -72,39 +72,55 @@ def write_fields(dtype, k_cache, v_cache, k_scale=None, v_scale=None, k_zero_poi
     return fields, held
 
 
-def run(q, k, v, slot_mapping, k_cache, v_cache, k_scale=None, v_scale=None, k_zero_point=None, v_zero_point=None,
-        k_scale_cache=None, v_scale_cache=None, *, cos_sin=None, positions=None, q_norm=None, k_norm=None,
-        interleaved=False, eps=1e-6) -> tuple[bool, torch.Tensor | None]:  # fmt: skip
-    """Norm, rotation and write of separate q, k and v.
-
-    Args:
-        q: [tokens, heads * head_dim], values of a token adjacent; None: nothing but the write.
-        k, v: [tokens, kv_heads * size], values of a token adjacent.
-        the rest: as for `gcu::rope_and_cache`.
+def run_write(k, v, slot_mapping, k_cache, v_cache, *scales, **more_scales) -> bool:
+    """`gcu::write_kv` of `k` and `v` [tokens, kv_heads * size], values of a token adjacent.
 
     Returns:
-        Whether all slots and positions are in range (nothing is written if not); q as [tokens, heads, head_dim].
+        Whether all slots are in range; nothing is written if not.
     """
-    tokens, head_dim = k.shape[0], k_cache.shape[3]
-    fields, _held = write_fields(
-        k.dtype, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache
-    )
-    slots, out = slot_mapping.contiguous(), None
+    fields, _held = write_fields(k.dtype, k_cache, v_cache, *scales, **more_scales)
+    slots = slot_mapping.contiguous()
     fields["k"], fields["k_stride"] = k.data_ptr(), k.stride(0)
     fields["v"], fields["v_stride"] = v.data_ptr(), v.stride(0)
-    fields["tokens"], fields["slots"] = tokens, slots.data_ptr()
-    if q is not None:
-        heads = q.shape[1] // head_dim
-        out = q.new_empty(tokens, heads, head_dim)
-        fields["q"], fields["q_out"], fields["q_stride"] = q.data_ptr(), out.data_ptr(), q.stride(0)
-        fields["heads"] = heads
+    fields["tokens"], fields["slots"] = k.shape[0], slots.data_ptr()
+    return build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0
+
+
+def run(qkv, heads, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, *scales,
+        interleaved=False, eps=1e-6, **more_scales) -> torch.Tensor | None:  # fmt: skip
+    """`gcu::rope_and_cache`; see `attention/rope.py`. None: a slot or position is out of range, nothing is written."""
+    fields, _held = write_fields(qkv.dtype, k_cache, v_cache, *scales, **more_scales)
+    tokens, head_dim, stride = qkv.shape[0], fields["k_size"], qkv.stride()
+    if stride[1] != 1:
+        qkv = qkv.contiguous()
+        stride = qkv.stride()
+    out = qkv.new_empty(tokens, heads, head_dim)
+    slots, cos_sin = slot_mapping.contiguous(), cos_sin if cos_sin.stride(1) == 1 else cos_sin.contiguous()
+    positions = None if positions is None else positions.contiguous()
     q_norm, k_norm = floats(q_norm), floats(k_norm)
-    fields["q_norm"], fields["k_norm"] = pointer(q_norm), pointer(k_norm)
-    fields["eps"], fields["interleaved"] = eps, interleaved
-    if cos_sin is not None:
-        cos_sin = cos_sin if cos_sin.stride(1) == 1 else cos_sin.contiguous()
-        positions = None if positions is None else positions.contiguous()
-        fields["cos_sin"], fields["cos_sin_stride"] = cos_sin.data_ptr(), cos_sin.stride(0)
-        fields["rows"], fields["rotary"] = cos_sin.shape
-        fields["cos_sin_dtype"], fields["positions"] = DTYPES[cos_sin.dtype], pointer(positions)
-    return build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0, out
+    rows, rotary = cos_sin.shape
+    address, value = qkv.data_ptr(), qkv.element_size()
+    k_address = address + heads * head_dim * value
+    fields |= {
+        "q": address,
+        "q_out": out.data_ptr(),
+        "q_stride": stride[0],
+        "k": k_address,
+        "k_stride": stride[0],
+        "v": k_address + fields["kv_heads"] * head_dim * value,
+        "v_stride": stride[0],
+        "tokens": tokens,
+        "positions": pointer(positions),
+        "slots": slots.data_ptr(),
+        "heads": heads,
+        "cos_sin": cos_sin.data_ptr(),
+        "cos_sin_stride": cos_sin.stride(0),
+        "rows": rows,
+        "rotary": rotary,
+        "q_norm": pointer(q_norm),
+        "k_norm": pointer(k_norm),
+        "eps": eps,
+        "interleaved": interleaved,
+        "cos_sin_dtype": DTYPES[cos_sin.dtype],
+    }
+    return out if build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0 else None
