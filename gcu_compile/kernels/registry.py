@@ -85,11 +85,11 @@ class FusedOp:
         fake: output metadata from fake tensors, sizes may be symbolic.
         accumulation: length of the longest sum in one output value as a function of the arguments, which
             with the dtype selects the row of the tolerance table (`kernels/tolerance.py`); None: exact.
-        code_steps: how far an integer result may be from the meaning's: 1 where it is a rounded float that was
-            computed on the way, whose last bit may decide; 0: equal.
         implementations: in order of preference.
         touched: for an operation on a paged cache, which of its blocks a call reads or writes, from the arguments by
             name; the shadow check copies no more than those.
+        code_steps: how far an integer result may be from the meaning's: 1 where it is a rounded float that was
+            computed on the way, whose last bit may decide; 0: equal.
     """
 
     name: str
@@ -97,9 +97,9 @@ class FusedOp:
     eager: Callable
     fake: Callable
     accumulation: Callable[..., int] | None = None
-    code_steps: int = 0
     implementations: tuple[Implementation, ...] = ()
     touched: Callable[[dict[str, Any]], Touched] | None = None
+    code_steps: int = 0
 
 
 def register(op: FusedOp) -> FusedOp:
