@@ -4,8 +4,9 @@ import importlib.util
 
 HOST_PLATFORM = "vllm_integration.platform.GcuHostPlatform"
 GCU_PLATFORM = "vllm_integration.gcu_platform.GcuPlatform"
-# Name and class of our attention backend.
+# Name and class of our attention backends.
 ATTENTION = ("GCU_ATTN", "vllm_integration.attention.GcuAttentionBackend")
+MLA = ("GCU_MLA", "vllm_integration.mla.GcuMLABackend")
 
 
 def platform_plugin() -> str:
@@ -38,7 +39,9 @@ def wants_card() -> bool:
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once."""
-    from vllm_integration import behaviours, quantization
+    from vllm_integration import behaviours, quantization, versions
 
+    for backend in (MLA, ATTENTION):  # so that --attention-backend knows them
+        versions.register_attention(*backend)
     behaviours.install()
     quantization.install()

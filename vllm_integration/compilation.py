@@ -42,3 +42,10 @@ def take_over(vllm_config: Any, compiler: str) -> None:
     compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
     # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
     compilation.compile_sizes = compilation.compile_sizes or []
+
+
+def rotate_in_plain_torch(compilation: Any) -> None:
+    """For latent attention on the CPU: vLLM's rotary kernel there takes [tokens, heads, size] for [batch, tokens, size]
+    and is wrong for more than one token. Compiled graphs do not call it; eager ones would."""
+    if not any(name.lstrip("+-") == "rotary_embedding" for name in compilation.custom_ops):
+        compilation.custom_ops.append("-rotary_embedding")

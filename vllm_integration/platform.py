@@ -6,17 +6,32 @@ uses vLLM's own compile mode, so that its compile cache works: the second start 
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
-from vllm_integration import ATTENTION, behaviours, compilation, versions
+from vllm_integration import ATTENTION, MLA, behaviours, compilation, versions
 
 # Query heads x head size from which our attention is the default. A call of ours costs some 0.1 ms more than one of
 # vLLM's: a fifth of SmolLM2-135M's decode speed (9 x 64), and little beside a layer of Llama-1B's width (32 x 64).
 WIDE = 2048
+# What vLLM's CPU platform changes for models of latent attention, whose own kernel needs it; ours does not.
+MLA_KEEPS = (
+    ("cache_config", "block_size"),
+    ("cache_config", "enable_prefix_caching"),
+    ("scheduler_config", "enable_chunked_prefill"),
+    ("scheduler_config", "max_num_batched_tokens"),
+)
+
+
+@functools.cache
+def report_attention(backend: str, why: str) -> None:
+    """Log a choice of backend, once per process."""
+    behaviours.log.info("Attention: %s (%s).", backend, why)
 
 
 class GcuHostPlatform(CpuPlatform):
@@ -36,28 +51,45 @@ class GcuHostPlatform(CpuPlatform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-        """Our backend; vLLM's own where the user names it, for narrow models (option `attention`), for MLA, and for
-        fp8 caches, which ours does not read."""
-        ours = versions.register_attention(*ATTENTION)
+        """Our backend; vLLM's own where the user names it, for narrow models (option `attention`), and for fp8 caches
+        and sparse attention, which ours do not read. The choice is logged once, with its reason."""
         asked = attn_selector_config
-        stock = selected_backend is not None and selected_backend.name != ours
-        if selected_backend is None and not (asked.kv_cache_dtype or "").startswith("int8"):
-            stock = not cls.prefers_ours()
-        if stock or asked.use_mla or asked.use_sparse or (asked.kv_cache_dtype or "").startswith("fp8"):
-            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        return ATTENTION[1]
+        ours = MLA if asked.use_mla else ATTENTION
+        name = versions.register_attention(*ours)
+        if asked.use_sparse or (asked.kv_cache_dtype or "").startswith("fp8"):
+            takes_ours, why = False, f"{ours[0]} reads no sparse attention and no fp8 cache"
+        elif selected_backend is not None:
+            takes_ours, why = selected_backend.name == name, f"attention backend {selected_backend.name} is asked for"
+        elif (asked.kv_cache_dtype or "").startswith("int8"):
+            takes_ours, why = True, "only it reads an int8 cache"
+        else:
+            takes_ours, why = cls.prefers_ours(asked.use_mla), f"option attention is {resolve().attention}"
+        path = ours[1] if takes_ours else super().get_attn_backend_cls(selected_backend, asked, num_heads)
+        report_attention(path.rpartition(".")[2], why)
+        return path
 
     @classmethod
-    def prefers_ours(cls) -> bool:
-        """Whether a cache that both backends read is served by ours: what option `attention` says."""
+    def prefers_ours(cls, mla: bool, config=None) -> bool:
+        """Whether a cache that both backends read is served by ours: what option `attention` says. For latent
+        attention vLLM has a kernel that is more than a reference only with AMX."""
         from vllm.config import get_current_vllm_config
 
         said = resolve().attention
         if said != "auto":
             return said == "gcu"
-        config = get_current_vllm_config()
+        if mla:
+            return not torch.cpu._is_amx_tile_supported()
+        config = config or get_current_vllm_config()
         heads = config.model_config.get_num_attention_heads(config.parallel_config)
         return heads * config.model_config.get_head_size() >= WIDE
+
+    @classmethod
+    def mla_is_ours(cls, vllm_config) -> bool:
+        """Whether this model has latent attention that our backend serves."""
+        model, asked = vllm_config.model_config, vllm_config.attention_config.backend
+        if model is None or not model.use_mla or model.hf_config.model_type == "deepseek_v4":
+            return False
+        return cls.prefers_ours(True, vllm_config) if asked is None else asked.name == versions.register_attention(*MLA)
 
     @classmethod
     def pre_register_and_update(cls, parser=None) -> None:
@@ -86,7 +118,15 @@ class GcuHostPlatform(CpuPlatform):
         torch_wrap = config.ir_enable_torch_wrap
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = "vllm_integration.worker.GcuHostWorker"
+        mla = vllm_config if cls.mla_is_ours(vllm_config) else None
+        kept = mla and {(part, name): getattr(getattr(mla, part), name) for part, name in MLA_KEEPS}
         super().check_and_update_config(vllm_config)
+        for (part, name), value in (kept or {}).items():
+            setattr(getattr(vllm_config, part), name, value)
+        if mla and not mla.cache_config.user_specified_block_size:
+            mla.cache_config.block_size = 128  # vLLM's default for every other model on this platform
+        if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
+            compilation.rotate_in_plain_torch(config)
         if asked_async:
             behaviours.log.warning("async_scheduling is not available on target host; it stays off.")
         traced_once = config.mode == CompilationMode.DYNAMO_TRACE_ONCE

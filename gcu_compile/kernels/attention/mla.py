@@ -8,7 +8,9 @@ from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks, touched
 from gcu_compile.kernels.attention.paged import eager as paged
 from gcu_compile.kernels.attention.softmax import compute_dtype
+from gcu_compile.kernels.host import mla as host
 from gcu_compile.kernels.triton import paged_attention as triton
+from gcu_compile.options import resolve
 
 SCHEMA = (
     "(Tensor q, Tensor latent_cache, Tensor w_uk, Tensor w_uv, Tensor block_table, Tensor query_start_loc, "
@@ -62,16 +64,16 @@ def eager(q, latent_cache, w_uk, w_uv, block_table, query_start_loc, seq_lens, *
     """
     if checks.is_fake(q, latent_cache):
         return fake(q, latent_cache, w_uk, w_uv)
-    check(q, latent_cache, w_uk, w_uv, block_table, query_start_loc, seq_lens, scale=scale)
+    tables = block_table, query_start_loc, seq_lens
+    check(q, latent_cache, w_uk, w_uv, *tables, scale=scale)
+    values(q, latent_cache, w_uk, w_uv, *tables, causal=causal)
     rank, wide = w_uk.shape[2], compute_dtype(q.dtype)
     # A hole's latent is never read by `paged`, so that making keys and values of the whole cache is only slow.
     latent = latent_cache[..., :rank].to(wide)
     shared = latent_cache[..., rank:].to(wide).unsqueeze(1).expand(-1, q.shape[1], -1, -1)
     keys = torch.cat([torch.einsum("bsr,hnr->bhsn", latent, w_uk.to(wide)), shared], dim=-1)
-    values = torch.einsum("bsr,hrv->bhsv", latent, w_uv.to(wide))
-    return paged(
-        q.to(wide), keys, values, block_table, query_start_loc, seq_lens, scale=scale, causal=causal
-    ).to(q.dtype)
+    made = torch.einsum("bsr,hrv->bhsv", latent, w_uv.to(wide))
+    return paged(q.to(wide), keys, made, *tables, scale=scale, causal=causal).to(q.dtype)
 
 
 def fake(q, latent_cache, w_uk, w_uv, *args, **kwargs) -> torch.Tensor:
@@ -83,12 +85,29 @@ def accumulation(q, latent_cache, w_uk, w_uv, block_table, *args, **kwargs) -> i
     return max(latent_cache.shape[2], block_table.shape[1] * latent_cache.shape[1])
 
 
+def values(q, latent_cache, w_uk, w_uv, block_table, query_start_loc, seq_lens, *, causal=True, **kwargs) -> None:
+    """Raise `InvalidInputError` for lengths or table entries out of range; see `checks.paged_values`."""
+    sizes = q.shape[0], latent_cache.shape[0], latent_cache.shape[1]
+    checks.paged_values("mla_attention", *sizes, block_table, query_start_loc, seq_lens, causal, None)
+
+
+def _run_host(*args, **kwargs) -> torch.Tensor:
+    check(*args, **kwargs)
+    output = host.run(*args, **kwargs)
+    if output is None:  # the kernel met a length or an entry out of range: the check that names it
+        values(*args, **kwargs)
+    return output
+
+
 def _run_triton(*args, **kwargs) -> torch.Tensor:
     check(*args, **kwargs)
+    if resolve().debug_checks:  # a kernel on a device cannot raise
+        values(*args, **kwargs)
     return triton.run_mla(*args, **kwargs)
 
 
+HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, host.refuses)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses_mla)
 OP = registry.register(
-    registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation, (TRITON,), touched.by_table)
+    registry.FusedOp("mla_attention", SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_table)
 )
