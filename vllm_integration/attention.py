@@ -223,7 +223,7 @@ class GcuAttentionImpl(AttentionImpl):
         for begin, end in zip(starts, starts[1:], strict=False):
             bias = None
             if self.sliding_window is not None and end - begin > self.sliding_window:
-                place = torch.arange(end - begin)
+                place = torch.arange(end - begin, device=query.device)
                 bias = (place.unsqueeze(1) - place).abs() < self.sliding_window
             q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
             output[begin:end] = torch.ops.gcu.attention(q, k, v, bias, **settings)[0].transpose(0, 1)

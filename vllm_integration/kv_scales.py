@@ -1,4 +1,4 @@
-"""Int8 KV caches with the scales of the checkpoint: compressed-tensors' `kv_cache_scheme`, which vLLM reads for fp8 only.
+"""Int8 KV caches with the scales of the checkpoint: compressed-tensors' `kv_cache_scheme`, which vLLM reads for fp8.
 
     {"num_bits": 8, "type": "int", "strategy": "tensor" | "attn_head", "symmetric": true | false, "dynamic": false}
 

@@ -2,7 +2,7 @@
 
 vLLM's layer divides a batch into decodes, whose queries it absorbs by itself, and prefills, which it hands over as they
 are. Here everything is handed over: the operation takes whole batches, and chooses for each sequence. So chunked
-prefill, prefix caching and the verification of several tokens need nothing of their own, which vLLM's CPU backend lacks.
+prefill, prefix caching and the verification of several tokens, which vLLM's CPU backend lacks, need nothing more.
 """
 
 from __future__ import annotations

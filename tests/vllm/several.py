@@ -1,7 +1,8 @@
 """Runs several models through vLLM in one process: `python several.py requests.json replies.json`.
 
-Each request holds `llm`, `prompts` and `sampling`; each reply holds tokens, the log-probabilities of the prompts'
-tokens, and which implementation ran how often. One process imports vLLM once.
+Each request holds `llm`, `prompts` and, for models that generate, `sampling`; each reply holds tokens and the
+log-probabilities of the prompts' tokens, or embeddings, and which implementation ran how often. One process imports
+vLLM once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def run(folder: Path, requests: list[dict], timeout: float = 600, **environ: str
     process = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout)
     if process.returncode:
         raise AssertionError((process.stdout + process.stderr)[-8000:])
-    return json.loads((folder / "replies.json").read_text())
+    log = process.stdout + process.stderr
+    return [{**reply, "log": log} for reply in json.loads((folder / "replies.json").read_text())]
 
 
 def calls(worker) -> dict:
@@ -40,18 +42,38 @@ def calls(worker) -> dict:
     return {"calls": found, "fallbacks": ["/".join(key) for key in registry.fallbacks]}
 
 
+def prompt_of(given) -> dict:
+    """What vLLM takes for token ids, or for [ids, sizes of an image]."""
+    if not given or isinstance(given[0], int):
+        return {"prompt_token_ids": given}
+    ids, size = given
+    if size is None:
+        return {"prompt_token_ids": ids}
+    from other_models import image
+    from PIL import Image
+
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.fromarray(image(*size))}}
+
+
 def answer(request: dict) -> dict:
     from vllm import LLM, SamplingParams
 
+    if "limit_mm_per_prompt" in request["llm"]:
+        from other_models import without_videos
+
+        without_videos()
     llm = LLM(**request["llm"])
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
-    logprobs = [
-        [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
-        for o in outputs
-        if o.prompt_logprobs
-    ]
-    reply = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "logprobs": logprobs}
+    prompts, reply = [prompt_of(given) for given in request["prompts"]], {}
+    if "sampling" in request:
+        outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+        reply["tokens"] = [list(o.outputs[0].token_ids) for o in outputs]
+        reply["logprobs"] = [
+            [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+            for o in outputs
+            if o.prompt_logprobs
+        ]
+    else:  # a pooling model
+        reply["embeddings"] = [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)]
     (reply["worker"],) = llm.collective_rpc(calls)
     llm.llm_engine.engine_core.shutdown()
     del llm

@@ -1,23 +1,10 @@
 """Our attention backend in a running engine: models of each kind of attention say what transformers' eager says."""
 
-import random
-
 import pytest
-import torch
+from random_models import GQA, LATENT, SIZES, TOKENS, expected, prompts, save
 from several import run
 
 pytestmark = pytest.mark.vllm
-VOCABULARY, TOKENS = 272, 12
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-GQA = {**SIZES, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 256}
 MODELS = {
     "full attention": ("LlamaConfig", GQA),
     "sliding window": ("MistralConfig", {**GQA, "sliding_window": 16}),
@@ -27,51 +14,11 @@ MODELS = {
     ),
     "ALiBi": ("BloomConfig", {**SIZES, "n_head": 4, "n_layer": 2}),
     "norm of q and k": ("Qwen3Config", {**GQA, "head_dim": 32}),
+    "latent attention": ("DeepseekV2Config", LATENT),
 }
 # What a reply's log-probabilities may differ by: fp32 caches exactly as transformers; int8 by its rounding.
 LIMITS = {"auto": 1e-4, "int8": 0.25}
 ASKED = [*((name, "auto") for name in MODELS), ("full attention", "int8"), ("sliding window", "int8")]
-
-
-def prompts():
-    source = random.Random(0)
-    shared = [source.randrange(VOCABULARY) for _ in range(32)]  # two blocks that prefix caching can reuse
-    lengths = (1, 3, 17, 40, 57)
-    return [[*(shared if n > 33 else []), *(source.randrange(VOCABULARY) for _ in range(n))] for n in lengths]
-
-
-def save(folder, kind, settings):
-    """A random model in fp32 with weights large enough that its logits are far apart."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return folder
-
-
-def expected(folder):
-    """Log-probabilities of the prompts' tokens and the greedy continuation, one prompt at a time."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    for module in model.modules():
-        if hasattr(module, "gelu_impl"):  # vLLM's Bloom computes GELU by erf, transformers' by a tanh formula
-            module.gelu_impl = torch.nn.GELU()
-    tokens, logprobs = [], []
-    with torch.no_grad():
-        for prompt in prompts():
-            ids = torch.tensor([prompt])
-            out = model.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-            tokens.append(out[0, len(prompt) :].tolist())
-            scores = model(ids).logits[0, :-1].log_softmax(-1)
-            logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
-    return {"tokens": tokens, "logprobs": logprobs}
 
 
 @pytest.fixture(scope="module")
@@ -114,5 +61,5 @@ def test_log_probabilities_equal_transformers(replies, model, kind):
 def test_our_kernels_ran(replies, model, kind):
     worker = replies[model, kind]["worker"]
     assert worker["fallbacks"] == []
-    for op in ("paged_attention", "write_kv"):
+    for op in ("mla_attention" if model == "latent attention" else "paged_attention", "write_kv"):
         assert worker["calls"][f"{op}/host_cpp"] > 0

@@ -158,31 +158,43 @@ def attend(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=
 
 def refuses_mla(q, latent_cache, w_uk, *args, **kwargs) -> str | None:
     """Why the Triton kernel cannot take these arguments, or None."""
-    reason = refuses(q, latent_cache.unsqueeze(1), latent_cache.unsqueeze(1), None)
-    if reason and "innermost" in reason:
-        return "one latent cache serves as keys and values, and gcu300's compiler gets transposed tiles wrong"
-    return reason
+    cache = latent_cache.unsqueeze(1)
+    keys = key_cache(*cache.shape, cache.dtype, "meta") if copies_keys(q) else cache
+    return refuses(q, keys, cache, None)
+
+
+def copies_keys(q: torch.Tensor) -> bool:
+    """Whether latents cannot be read as they lie both as keys and as values: one of the two is a transposed tile."""
+    return target_of(q) == "gcu300"
 
 
 def run_mla(q, latent_cache, w_uk, w_uv, block_table, query_start_loc, seq_lens, *, scale, causal=True):
     """`gcu::mla_attention`, absorbed: w_uk moves to the query, w_uv to the output; see `attention/mla.py`.
 
-    All query heads share the one latent "head", whose values are its first `rank` numbers.
+    All query heads share the one latent "head", whose values are its first `rank` numbers. On gcu300 the latents of the
+    batch are copied first, as values and transposed as keys: what the kernel reads then is slices.
     """
     nope, rank = w_uk.shape[1:]
     wide = torch.float32
     latent_q = torch.einsum("thn,hnr->thr", q[..., :nope].to(wide), w_uk.to(wide)).to(q.dtype)
     absorbed = torch.cat([latent_q, q[..., nope:]], dim=-1)
-    cache = latent_cache.unsqueeze(1)
-    latent = attend(
-        absorbed,
-        cache,
-        cache[..., :rank],
-        block_table,
-        query_start_loc,
-        seq_lens,
-        scale=scale,
-        causal=causal,
-        tail=q.shape[2] - nope,
-    )
+    keys = latent_cache.unsqueeze(1)
+    values = keys[..., :rank]
+    if copies_keys(q) and seq_lens.numel() and latent_cache.numel():
+        keys, values, block_table = _copied(latent_cache, rank, block_table, seq_lens)
+    latent = attend(absorbed, keys, values, block_table, query_start_loc, seq_lens, scale=scale, causal=causal,
+                    tail=q.shape[2] - nope)  # fmt: skip
     return torch.einsum("thr,hrv->thv", latent.to(wide), w_uv.to(wide)).to(q.dtype)
+
+
+def _copied(latent_cache, rank: int, block_table, seq_lens):
+    """Keys [blocks, 1, block_size, rank + rope] with block_size innermost and values [blocks, 1, block_size, rank] of
+    the blocks that a batch can see, and its table of them. Waits for `seq_lens`."""
+    blocks, size, _ = latent_cache.shape
+    table = block_table[:, : max(1, -(-int(seq_lens.max()) // size))]
+    # Beyond a sequence's end a table may hold anything.
+    used = latent_cache[table.flatten().clamp(0, blocks - 1).long()]
+    keys = used.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(1)
+    values = used[..., :rank].contiguous().unsqueeze(1)
+    renamed = torch.arange(table.numel(), dtype=torch.int32, device=table.device).view(table.shape)
+    return keys, values, renamed

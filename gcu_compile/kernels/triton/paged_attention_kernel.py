@@ -278,11 +278,16 @@ def _specimens():
 
 LEGALITY_SPECIMENS = list(_specimens())
 # DeepSeek-V2-Lite's absorbed decode: 16 heads share a latent of 512 + 64, read both as keys and as values. One of the
-# two is a transposed tile, which gcu300 gets wrong; `paged_attention.refuses_mla` keeps it from there.
+# two is a transposed tile, which gcu300 gets wrong: there the keys are a copy with block_size innermost
+# (`paged_attention.run_mla`).
 _latent = {"HEADS": 16, "GROUP": 16, "GROUP_PAD": 16, "D": 512, "D_PAD": 512, "DV": 512, "DV_PAD": 512, "TAIL": 64,
            "TAIL_PAD": 64, "K_HEAD": 36864, "K_SLOT": 576, "K_DIM": 1, "V_HEAD": 36864, "V_SLOT": 576,
            "BLOCK_Q": 2}  # fmt: skip
+_copied = {"K_SLOT": 1, "K_DIM": 64, "V_HEAD": 32768, "V_SLOT": 512}
 _decode = next(entry for entry in LEGALITY_SPECIMENS if entry["name"] == "paged_attention decode")
+LEGALITY_SPECIMENS.append(
+    _decode | {"name": "mla_attention decode, copied keys", "constexprs": _decode["constexprs"] | _latent | _copied}
+)
 NOT_ON_GCU300 = [
     _decode | {"name": "mla_attention decode", "num_warps": 2, "constexprs": _decode["constexprs"] | _latent}
 ]
