@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy
 import torch
 from random_models import GQA, SIZES, TOKENS
@@ -24,20 +27,24 @@ def image(rows: int, columns: int) -> numpy.ndarray:
     return numpy.random.RandomState(rows).randint(0, 256, (rows * SIDE, columns * SIDE, 3), dtype=numpy.uint8)
 
 
-class NoVideos:
-    """In the place of a video processor."""
+class NoVideos(dict):
+    """In the place of a video processor; a dictionary, for processors print themselves as JSON."""
 
     model_input_names = ()
 
-    def to_dict(self) -> dict:
-        return {}
 
+def without_torchvision() -> None:
+    """Let vLLM's Qwen2-VL run where torchvision is missing: images need it no more than this.
 
-def without_videos() -> None:
-    """Let processors be made where transformers' video processors cannot be: they need torchvision, images do not."""
+    transformers has an image processor on PIL. But vLLM imports a function from the module of the other one, and video
+    processors cannot be made at all.
+    """
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.processing_utils import ProcessorMixin
+    from transformers.utils import is_torchvision_available
 
+    if is_torchvision_available():
+        return
     check = ProcessorMixin.check_argument_for_proper_class
 
     def lenient(self, name, argument):
@@ -45,6 +52,21 @@ def without_videos() -> None:
 
     ProcessorMixin.check_argument_for_proper_class = lenient
     AutoVideoProcessor.from_pretrained = lambda *args, **kwargs: NoVideos()
+
+    parts = ("torchvision", "transforms", "v2", "functional")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        sys.modules[name] = ModuleType(name)
+        if parent:
+            setattr(sys.modules[parent], child, sys.modules[name])
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+
+    for name in names:
+        del sys.modules[name]
+    # As a class: vLLM would look at a name in a process of its own.
+    ModelRegistry.register_model("Qwen2VLForConditionalGeneration", Qwen2VLForConditionalGeneration)
 
 
 def save_qwen2_vl(folder):
@@ -124,3 +146,50 @@ def encoder_says(folder, prompts):
     with torch.no_grad():
         states = [model(torch.tensor([ids])).last_hidden_state[0, 0] for ids in prompts]
     return [torch.nn.functional.normalize(x, dim=0).tolist() for x in states]
+
+
+START = 262  # of a transcript: the token that Whisper's decoder begins with
+RATE = 16000
+
+
+def sound(seconds: float) -> numpy.ndarray:
+    """The same noise in every process, at `RATE`."""
+    return numpy.random.RandomState(1).randn(int(RATE * seconds)).astype(numpy.float32)
+
+
+def save_whisper(folder):
+    """A Whisper that hears one second: an encoder, a decoder, and attention from one to the other."""
+    from tiny import save_tokenizer
+    from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 192, "decoder_ffn_dim": 192}  # fmt: skip
+    config = WhisperConfig(vocab_size=272, num_mel_bins=16, max_source_positions=50, max_target_positions=64,
+                           decoder_start_token_id=START, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                           suppress_tokens=None, begin_suppress_tokens=None, **sizes)  # fmt: skip
+    spread(WhisperForConditionalGeneration(config)).save_pretrained(folder)
+    save_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    others = [f"<|none{i}|>" for i in range(4)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, "<|startoftranscript|>"]})
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=16, sampling_rate=RATE, chunk_length=1).save_pretrained(folder)
+    return folder
+
+
+def whisper_says(folder, prompts):
+    """Greedy tokens after each decoder prompt, without a cache."""
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    reader, tokens = WhisperFeatureExtractor.from_pretrained(folder), []
+    for ids, seconds in prompts:
+        features = reader(sound(seconds), sampling_rate=RATE, return_tensors="pt").input_features
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            for _ in range(TOKENS):
+                logits = model(input_features=features, decoder_input_ids=row).logits
+                row = torch.cat([row, logits[:, -1:].argmax(-1)], 1)
+        tokens.append(row[0, len(ids) :].tolist())
+    return tokens

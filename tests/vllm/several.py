@@ -43,25 +43,28 @@ def calls(worker) -> dict:
 
 
 def prompt_of(given) -> dict:
-    """What vLLM takes for token ids, or for [ids, sizes of an image]."""
+    """What vLLM takes for token ids, for [ids, sizes of an image], or for [ids of the decoder, seconds of sound]."""
     if not given or isinstance(given[0], int):
         return {"prompt_token_ids": given}
-    ids, size = given
-    if size is None:
-        return {"prompt_token_ids": ids}
-    from other_models import image
+    from other_models import RATE, image, sound
     from PIL import Image
 
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.fromarray(image(*size))}}
+    ids, what = given
+    if what is None:
+        return {"prompt_token_ids": ids}
+    if isinstance(what, float):
+        heard = {"prompt": "", "multi_modal_data": {"audio": (sound(what), RATE)}}
+        return {"encoder_prompt": heard, "decoder_prompt": {"prompt_token_ids": ids}}
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.fromarray(image(*what))}}
 
 
 def answer(request: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    if "limit_mm_per_prompt" in request["llm"]:
-        from other_models import without_videos
+    if "image" in request["llm"].get("limit_mm_per_prompt", ()):
+        from other_models import without_torchvision
 
-        without_videos()
+        without_torchvision()
     llm = LLM(**request["llm"])
     prompts, reply = [prompt_of(given) for given in request["prompts"]], {}
     if "sampling" in request:

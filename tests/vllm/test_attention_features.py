@@ -5,12 +5,15 @@ import pytest
 from other_models import (
     ENCODERS,
     IMAGE,
+    START,
     VISION_END,
     VISION_START,
     encoder_says,
     qwen2_vl_says,
     save_encoder,
     save_qwen2_vl,
+    save_whisper,
+    whisper_says,
 )
 from random_models import GQA, LATENT, TOKENS, expected, prompts, save
 from several import run
@@ -71,6 +74,17 @@ def test_encoders_embed_as_transformers(name, tmp_path):
     (reply,) = run(tmp_path / "run", [{"llm": llm, "prompts": prompts()}], **ENGINE)
     assert far(reply["embeddings"], encoder_says(model, prompts())) < 1e-4
     ran(reply, "attention")
+
+
+@pytest.mark.slow
+def test_encoder_and_decoder(tmp_path):
+    """Whisper: bidirectional, causal, and cross attention to a cache of what was heard."""
+    model = save_whisper(tmp_path / "model")
+    asked = [[[START, 5, 6], 1.0], [[START], 0.5]]
+    llm = {**LLM, "model": str(model), "skip_tokenizer_init": False, "max_model_len": 64}
+    (reply,) = run(tmp_path / "run", [{"llm": llm, "prompts": asked, "sampling": SAMPLING}], **ENGINE)
+    assert reply["tokens"] == whisper_says(model, asked)
+    ran(reply, "attention", "paged_attention", "write_kv")
 
 
 @pytest.mark.slow
