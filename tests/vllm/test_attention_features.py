@@ -59,6 +59,7 @@ def images(tmp_path_factory):
     return reply, qwen2_vl_says(model, asked)
 
 
+@pytest.mark.slow
 def test_m_rope_with_and_without_an_image(images):
     reply, theirs = images
     assert reply["tokens"] == theirs["tokens"]
