@@ -19,6 +19,7 @@ import torch
 
 import gcu_compile.kernels.dequant_gemm  # noqa: F401
 from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.kernels.host import pages
 
 N = K = 4096
 GROUP = 128
@@ -81,7 +82,7 @@ def w4a16(x):
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
 
     def tiles():
-        weight = words(*layouts.get("host_int4").shape(N, K))
+        weight = pages.huge(words(*layouts.get("host_int4").shape(N, K)))  # as every layer that we prepare
         return weight, weight.nbytes
 
     ours = rotated(tiles)
@@ -119,7 +120,7 @@ def int8_weights():
 def w8a16(x):
     scales = torch.rand(1, N).bfloat16()
     plain = int8_weights()
-    ours = [layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K) for w in plain]
+    ours = [pages.huge(layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K)) for w in plain]
     peers = {"ours": of(ours, lambda w: torch.ops.gcu.dequant_gemm(x, w, scales, layout="host_int8"))}
     flat = scales.reshape(-1)
     optional(
@@ -135,7 +136,7 @@ def w8a8(x):
 
     scales = torch.rand(1, N)
     plain = int8_weights()
-    ours = [layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K) for w in plain]
+    ours = [pages.huge(layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K)) for w in plain]
     peers = {"ours": of(ours, lambda w: torch.ops.gcu.int8_gemm(x, w, scales, layout="host_int8"))}
 
     def onednn():

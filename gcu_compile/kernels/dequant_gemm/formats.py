@@ -8,6 +8,7 @@ import torch
 
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.kernels.host import pages
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def prepare(
         weight = layouts.pack(codes - form.midpoint + new.midpoint, new)
     elif new is not form:
         weight = layouts.repack(weight, form, new, n, k)
+    if new.tile:  # a layout of the host's kernels
+        weight = pages.huge(weight)
     if zeros is not None and new.midpoint != form.midpoint:
         zeros = zeros + (new.midpoint - form.midpoint)
     return Linear(new.name, weight, _smallest(scales.contiguous()), zeros, g_idx, order)

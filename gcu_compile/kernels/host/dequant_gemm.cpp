@@ -33,9 +33,11 @@ struct Arguments {
 namespace {
 
 constexpr int TILE = 64;       // outputs
-constexpr int BLOCK = 128;     // lanes of x per unpacked block: 32 KiB of weights, most of an L1 cache
+constexpr int BLOCK = 64;      // lanes of x per unpacked block: 16 KiB of weights; sums and rows share the L1 cache
 constexpr int ROWS = 192;      // rows of x that share one unpacking
 constexpr int DIRECT_ROWS = 4;
+constexpr int AHEAD = 2048;    // words that a stream is fetched before its use: two pages, where the machine's own
+                               // prefetcher stops at each
 #if defined(__AVX512F__)
 constexpr int NV = 4, MR = 6;  // vectors x rows of a register tile: 24 sums, 4 weights, 1 activation of 32 registers
 #elif defined(__AVX2__)
@@ -160,6 +162,14 @@ class Product {
       int32_t* out = lanes(row, block);
       for (int64_t word = block.begin; word < block.end; ++word, out += STEPS) {
         int64_t k = word * PER_WORD<BITS>;
+#if defined(__AVX512BF16__)
+        if constexpr (P::PER_LANE == 2 && BITS == 4)
+          if (!sums && k + 8 <= in_.k) {  // (i, i + 4) of eight neighbours: the halves, interleaved
+            __m128i x = load<__m128i>(static_cast<const uint16_t*>(in_.x) + row * in_.x_stride + k);
+            store(out, _mm_unpacklo_epi16(x, _mm_unpackhi_epi64(x, x)));
+            continue;
+          }
+#endif
         if (k + PER_WORD<BITS> <= in_.k) {  // a count that the compiler knows makes vectors of it
           to_floats(in_.x, in_.x_dtype, row * in_.x_stride + k, PER_WORD<BITS>, values);
         } else {
@@ -238,7 +248,10 @@ class Product {
         const int32_t* x = lanes(first, blocks_[0]) + begin * STEPS;
         for (int64_t word = begin; word < end; ++word, w += TILE, x += STEPS) {
           vi packed[NV];
-          for (int v = 0; v < NV; ++v) packed[v] = load<vi>(w + v * LANES);
+          for (int v = 0; v < NV; ++v) {
+            packed[v] = load<vi>(w + v * LANES);
+            if (v * LANES % 16 == 0) __builtin_prefetch(w + v * LANES + AHEAD);
+          }
 #pragma GCC unroll 8
           for (int step = 0; step < STEPS; ++step)
             for (int v = 0; v < NV; ++v) {
@@ -258,8 +271,7 @@ class Product {
 
   void blocked(int64_t tile, int64_t first, int rows, float* c, std::vector<int32_t>& unpacked) const {
     alignas(64) float scale[TILE], shift[TILE];
-    int at_once = (rows + MR - 1) / MR;  // register tiles, of about equal height
-    at_once = (rows + at_once - 1) / at_once;
+    int pieces = (rows + MR - 1) / MR, height = rows / pieces, higher = rows % pieces;  // register tiles
     for (Block block : blocks_) {
       unpacked.resize(std::max<size_t>(unpacked.size(), block.lanes() * TILE));
       const int32_t* ahead = words(tile, block.end);
@@ -275,8 +287,11 @@ class Product {
                   block.lanes(), (to - from) * STEPS, first, group, scale,
                   spans_ && from % group_ == 0 ? shift : nullptr, ahead};
         for (int at = 0; at < TILE; at += SUB)
-          for (int r = 0; r < rows; r += at_once, part.ahead += part.steps * 16)
-            some(std::min(at_once, rows - r), part, r, at, c + r * TILE);
+          for (int piece = 0, r = 0; piece < pieces; ++piece, part.ahead += part.steps * 16) {
+            int count = height + (piece < higher);
+            some(count, part, r, at, c + r * TILE);
+            r += count;
+          }
         ahead = part.ahead;
       }
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 
@@ -11,16 +11,12 @@ from gcu_compile.kernels.dequant_gemm import check, layouts
 from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
-
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of dequant_gemm.cpp, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "zeros", "g_idx", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("m", "k", "n", "groups", "x_stride")),
-        *((name, ctypes.c_int32) for name in ("x_dtype", "scales_dtype", "zeros_dtype", "bias_dtype")),
-        *((name, ctypes.c_int32) for name in ("bits", "threads")),
-    )
+# `struct Arguments` of dequant_gemm.cpp, field by field: pointers, sizes, dtypes. Packed, not built as a ctypes
+# structure: that takes longer than a small product.
+FIELDS = struct.Struct("7P5q6i")
+# Metadata of arguments that were checked: a layer asks the same at every call.
+_checked: set[tuple] = set()
+MOST_CHECKED = 4096
 
 
 def refuses(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> str | None:
@@ -44,12 +40,23 @@ def whole(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor |
     if tensor is None:
         return None
     tensor = tensor if tensor.dtype in DTYPES else tensor.to(torch.float32)
-    return tensor.expand(shape).contiguous()
+    return tensor.expand(shape).contiguous() if tensor.shape != shape else tensor.contiguous()
+
+
+def once(check_arguments, tensors: tuple[torch.Tensor | None, ...], **options) -> None:
+    """`check_arguments(*tensors, **options)`, unless tensors of the same shapes and dtypes have passed it."""
+    key = (check_arguments, *((t.shape, t.dtype) if t is not None else None for t in tensors), *options.items())
+    if key in _checked:
+        return
+    check_arguments(*tensors, **options)
+    if len(_checked) >= MOST_CHECKED:
+        _checked.clear()
+    _checked.add(key)
 
 
 def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:
     """`gcu::dequant_gemm`; see `dequant_gemm/eager.py`."""
-    check.dequant_gemm(x, weight, scales, zeros, g_idx, bias, layout=layout)
+    once(check.dequant_gemm, (x, weight, scales, zeros, g_idx, bias), layout=layout)
     groups, n = scales.shape
     k = x.shape[-1]
     rows = x.reshape(-1, k)
@@ -65,28 +72,15 @@ def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) ->
 
 
 def _call(x, weight, scales, zeros, g_idx, bias, y, bits: int) -> None:
-    def pointer(tensor):
-        return None if tensor is None else tensor.data_ptr()
-
-    def dtype(tensor):
-        return NONE if tensor is None else DTYPES[tensor.dtype]
-
-    tensors = {"x": x, "weight": weight, "scales": scales, "zeros": zeros, "g_idx": g_idx, "bias": bias, "y": y}
-    arguments = Arguments(
-        **{name: pointer(tensor) for name, tensor in tensors.items()},
-        m=x.shape[0],
-        k=x.shape[1],
-        n=y.shape[1],
-        groups=scales.shape[0],
-        x_stride=x.stride(0),
-        x_dtype=dtype(x),
-        scales_dtype=dtype(scales),
-        zeros_dtype=dtype(zeros),
-        bias_dtype=dtype(bias),
-        bits=bits,
-        threads=torch.get_num_threads(),
+    tensors = (x, weight, scales, zeros, g_idx, bias, y)
+    fields = FIELDS.pack(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(x.shape[0], x.shape[1], y.shape[1], scales.shape[0], x.stride(0)),
+        *(NONE if tensor is None else DTYPES[tensor.dtype] for tensor in (x, scales, zeros, bias)),
+        bits,
+        torch.get_num_threads(),
     )
-    build.load("dequant_gemm").gcu_dequant_gemm(ctypes.byref(arguments))
+    build.load("dequant_gemm").gcu_dequant_gemm(fields)
 
 
 def run_grouped(x, offsets, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:

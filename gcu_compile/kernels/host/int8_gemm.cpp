@@ -40,6 +40,7 @@ namespace {
 
 constexpr int TILE = 64;      // outputs
 constexpr int ROWS = 191;     // rows of x in a task; with the row of ones a multiple of every MR
+constexpr int AHEAD = 2048;   // words that a stream is fetched before its use: two pages
 constexpr int BLOCK = 512;    // words of inputs in a pass over the rows: 128 KiB of weights
 #if defined(__AVX512F__)
 constexpr int NV = 4, MR = 6;
@@ -126,14 +127,14 @@ class Product {
   const int32_t* row(int64_t first, int r) const { return r ? x_.get() + (first + r - 1) * words_ : ones_.data(); }
 
   void multiply(int64_t tile, int64_t first, int rows, int32_t* c) const {
-    int at_once = (rows + MR - 1) / MR;
-    at_once = (rows + at_once - 1) / at_once;
+    int pieces = (rows + MR - 1) / MR, height = rows / pieces, higher = rows % pieces;  // register tiles
     for (int64_t begin = 0; begin < words_; begin += BLOCK) {
       int64_t end = std::min(words_, begin + BLOCK);
       for (int at = 0; at < TILE; at += SUB)
-        for (int r = 0; r < rows; r += at_once)
-          some(std::min(at_once, rows - r), in_.weight + tile * words_ * TILE + at, begin, end, first, r,
-               c + r * TILE + at);
+        for (int piece = 0, r = 0, count; piece < pieces; ++piece, r += count) {
+          count = height + (piece < higher);
+          some(count, in_.weight + tile * words_ * TILE + at, begin, end, first, r, c + r * TILE + at);
+        }
     }
   }
 
@@ -146,7 +147,10 @@ class Product {
     for (int r = 0; r < M; ++r) x[r] = row(first, r0 + r);
     for (int64_t word = begin; word < end; ++word) {
       vi value[NV];
-      for (int v = 0; v < NV; ++v) value[v] = load<vi>(w + word * TILE + v * LANES);
+      for (int v = 0; v < NV; ++v) {
+        value[v] = load<vi>(w + word * TILE + v * LANES);
+        if (M <= 2 && v * LANES % 16 == 0) __builtin_prefetch(w + word * TILE + v * LANES + AHEAD);
+      }
       for (int r = 0; r < M; ++r)
         for (int v = 0; v < NV; ++v) sum[r][v] = dot(sum[r][v], value[v], x[r][word]);
     }

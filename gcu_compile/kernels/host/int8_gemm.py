@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
 from gcu_compile.kernels.host import build, prepack
+from gcu_compile.kernels.host.dequant_gemm import once
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
 # Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
@@ -16,14 +18,8 @@ MOST_INPUTS = (2**31 - 1) // (255 * 128)
 MOST_INPUTS_WITH_ZEROS = (2**31 - 1) // (255 * 255)
 
 
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of int8_gemm.cpp, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "x_scales", "x_zeros", "weight", "scales", "zeros", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("m", "k", "n", "x_stride")),
-        *((name, ctypes.c_int32) for name in ("x_dtype", "y_dtype", "bias_dtype", "threads")),
-    )
+# `struct Arguments` of int8_gemm.cpp, field by field: pointers, sizes, dtypes.
+FIELDS = struct.Struct("8P4q4i")
 
 
 class Quantize(ctypes.Structure):
@@ -64,14 +60,15 @@ def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch
     """One contiguous value for each row (or output) of a tensor that may be one value for all."""
     if tensor is None:
         return None
-    return tensor.reshape(-1).to(dtype).expand(size).contiguous()
+    flat = tensor.reshape(-1).to(dtype)
+    return flat.expand(size).contiguous() if flat.shape[0] != size else flat.contiguous()
 
 
 def run(
     x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
 ) -> torch.Tensor:
     """`gcu::int8_gemm`; see `dequant_gemm/eager.py`."""
-    check.int8_gemm(x, weight, scales, x_scales, x_zeros, zeros, bias, layout=layout, out_dtype=out_dtype)
+    once(check.int8_gemm, (x, weight, scales, x_scales, x_zeros, zeros, bias), layout=layout, out_dtype=out_dtype)
     n, k = scales.shape[-1], x.shape[-1]
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
     rows = x.reshape(-1, k)
@@ -83,28 +80,23 @@ def run(
     bias = None if bias is None else bias.expand(n).contiguous()
     bias = bias if bias is None or bias.dtype in DTYPES else bias.to(torch.float32)
     # Converted tensors must live until the call is over.
-    held = {
-        "x": rows,
-        "x_scales": _column(x_scales, m, torch.float32),
-        "x_zeros": _column(x_zeros, m, torch.int32),
-        "weight": prepack.native(weight, layout, n, k).contiguous(),
-        "scales": _column(scales, n, torch.float32),
-        "zeros": _column(prepack.zeros_of(zeros, layout), n, torch.int32),
-        "bias": bias,
-        "y": y,
-    }
-    arguments = Arguments(
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in held.items()},
-        m=m,
-        k=k,
-        n=n,
-        x_stride=rows.stride(0),
-        x_dtype=DTYPES[x.dtype],
-        y_dtype=DTYPES[out_dtype],
-        bias_dtype=NONE if bias is None else DTYPES[bias.dtype],
-        threads=torch.get_num_threads(),
+    held = (
+        rows,
+        _column(x_scales, m, torch.float32),
+        _column(x_zeros, m, torch.int32),
+        prepack.native(weight, layout, n, k).contiguous(),
+        _column(scales, n, torch.float32),
+        _column(prepack.zeros_of(zeros, layout), n, torch.int32),
+        bias,
+        y,
     )
-    build.load("int8_gemm").gcu_int8_gemm(ctypes.byref(arguments))
+    fields = FIELDS.pack(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in held),
+        *(m, k, n, rows.stride(0)),
+        *(DTYPES[x.dtype], DTYPES[out_dtype], NONE if bias is None else DTYPES[bias.dtype]),
+        torch.get_num_threads(),
+    )
+    build.load("int8_gemm").gcu_int8_gemm(fields)
     return y.view(*x.shape[:-1], n)
 
 

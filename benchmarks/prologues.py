@@ -1,0 +1,96 @@
+"""Add + RMSNorm + int8 and SwiGLU + int8, a scale per token, bfloat16, against vLLM's kernels and Inductor.
+
+    python benchmarks/prologues.py [--tokens 512] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import gcu_compile.kernels.prologues  # noqa: F401
+from gcu_compile.kernels.prologues import eager
+
+HIDDEN, WIDE, CALLS = 4096, 11008, 40
+
+
+def turns(peers: dict) -> dict[str, float]:
+    """Median milliseconds of each peer, called in turn."""
+    times = {name: [] for name in peers}
+    for call in peers.values():
+        call()
+        call()
+    for _ in range(CALLS):
+        for name, call in peers.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) * 1e3 for name, values in times.items()}
+
+
+def norm(tokens: int) -> dict:
+    from vllm import _custom_ops as ops
+
+    x, residual = (torch.randn(tokens, HIDDEN).bfloat16() for _ in range(2))
+    weight, y, kept = torch.rand(HIDDEN).bfloat16(), x.clone(), residual.clone()
+
+    def vllm():  # both are written in place; their values do not matter here, their sizes do
+        ops.fused_add_rms_norm(y.copy_(x), kept.copy_(residual), weight, 1e-6)
+        return ops.onednn_scaled_int8_quant(y, None, None, True)
+
+    def vllm_in_place():
+        y.fill_(1.0)
+        kept.fill_(1.0)
+        start = time.perf_counter()
+        ops.fused_add_rms_norm(y, kept, weight, 1e-6)
+        ops.onednn_scaled_int8_quant(y, None, None, True)
+        return time.perf_counter() - start
+
+    inductor = torch.compile(lambda: eager.rms_norm_quant(x, residual, weight, 1e-6))
+    peers = {
+        "ours": lambda: torch.ops.gcu.rms_norm_quant(x, residual, weight, 1e-6),
+        "vLLM's pair and the copies that keep its inputs": vllm,
+        "Inductor": inductor,
+    }
+    found = turns(peers)
+    found["vLLM's pair, in place"] = statistics.median(vllm_in_place() for _ in range(CALLS)) * 1e3
+    return found
+
+
+def swiglu(tokens: int) -> dict:
+    from vllm import _custom_ops as ops
+
+    x, out = torch.randn(tokens, 2 * WIDE).bfloat16(), torch.empty(tokens, WIDE).bfloat16()
+
+    def vllm():
+        torch.ops._C.silu_and_mul(out, x)
+        return ops.onednn_scaled_int8_quant(out, None, None, True)
+
+    inductor = torch.compile(lambda: eager.silu_mul_quant(x))
+    return turns({"ours": lambda: torch.ops.gcu.silu_mul_quant(x), "vLLM's pair": vllm, "Inductor": inductor})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results = []
+    print("| what | tokens | kernel | ms | of ours |\n|---|--:|---|--:|--:|")
+    for name, measure in (("add, RMSNorm, int8", norm), ("SwiGLU, int8", swiglu)):
+        found = measure(arguments.tokens)
+        for kernel, ms in found.items():
+            print(f"| {name} | {arguments.tokens} | {kernel} | {ms:.3f} | {ms / found['ours']:.2f} |", flush=True)
+            results.append({"what": name, "kernel": kernel, "ms": ms, "ours_ms": found["ours"]})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
