@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from gcu_compile.options import resolve
 from gcu_compile.targets.cost import predict
 from gcu_compile.targets.legality import Report, Specimen, check_kernel, ttir_of
 from gcu_compile.targets.profile import PROFILES, Profile, load_profile
-from gcu_compile.targets.triton_private import is_kernel, kernel_name, kernel_source
+from gcu_compile.targets.triton_private import is_kernel, kernel_name, kernel_place, kernels_called
 from gcu_compile.targets.ttir import parse
 
 COLOURS = {"abort": "bold red", "error": "red", "slow": "yellow", "note": "dim"}
@@ -39,35 +40,48 @@ def check(
     path: Annotated[Path, typer.Argument(help="A Python file with Triton kernels, or a folder of them.")],
     target: Target = "gcu300",
     profile_file: Override = "",
+    strict: Annotated[bool, typer.Option("--strict", help="Status 1 too if a kernel was not checked.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Check the Triton kernels of a file or folder against a target's rules.
 
-    Exit status: 0 legal, 1 a kernel that would abort, be refused or give wrong numbers, 2 nothing could be checked.
+    A device function is checked inside the kernels that call it: Triton compiles it into them.
+
+    Exit status: 0 legal, 1 a kernel that would abort, be refused or give wrong numbers (with --strict, or that no
+    specimen reaches), 2 nothing could be checked.
     """
     profile = load_profile(target, profile_file or resolve().target_profile)
     files = kernel_files(path)
     console = Console()
-    entries, legal, checked = [], True, 0
-    for file in files:
-        module = load(file)
-        specimens = specimens_of(module, file)
-        left = uncovered(module, specimens)
+    modules = [(file, load(file)) for file in files]
+    specimens = {file: specimens_of(module, file) for file, module in modules}
+    callers = callers_of(one.kernel for found in specimens.values() for one in found)
+    entries, legal, checked, missed = [], True, 0, 0
+    for file, module in modules:
         kernels = []
-        for specimen in specimens:
+        for specimen in specimens[file]:
             report, cost = examine(specimen, profile)
             show(console, report, cost)
             kernels.append(report.as_dict() | {"cost": cost})
             legal, checked = legal and report.legal, checked + 1
+        within, left = coverage(module, callers)
+        if within:
+            through = sorted({caller for names in within.values() for caller in names})
+            words = f"{file.name}: checked inside {', '.join(through)}: {', '.join(within)}."
+            console.print(words, highlight=False, style="dim", soft_wrap=True)
         if left:
-            console.print(f"{file}: no specimen for {', '.join(left)}; not checked.", style="yellow", highlight=False)
-        entries.append({"file": str(file), "kernels": kernels, "not_checked": left})
+            console.print(
+                f"{file}: no specimen reaches {', '.join(left)}; not checked.", style="yellow", highlight=False
+            )
+        entries.append({"file": str(file), "kernels": kernels, "checked_within": within, "not_checked": left})
+        missed += len(left)
     write_json(json_file, {"target": target, "legal": legal, "checked": checked, "files": entries})
     if not checked:
         console.print(HOW_TO, highlight=False, markup=False)
         raise InvalidInputError(f"nothing to check: no LEGALITY_SPECIMENS in {path}")
-    console.print(f"{checked} specimens in {len(files)} files: {'legal' if legal else 'not legal'} on {target}.")
-    if not legal:
+    words = f"{checked} specimens in {len(files)} files: {'legal' if legal else 'not legal'} on {target}"
+    console.print(f"{words}{f'; {missed} kernels not checked' if missed else ''}.", highlight=False)
+    if not legal or (strict and missed):
         raise typer.Exit(1)
 
 
@@ -124,12 +138,28 @@ def specimens_of(module: ModuleType, file: Path) -> list[Specimen]:
     return [Specimen.of(entry, f"{file}: LEGALITY_SPECIMENS[{index}]") for index, entry in enumerate(entries)]
 
 
-def uncovered(module: ModuleType, specimens: list[Specimen]) -> list[str]:
-    """Kernels defined in the file that no specimen launches and no other kernel calls."""
-    kernels = {n: k for n, k in vars(module).items() if is_kernel(k) and _module_of(k) == module.__name__}
-    covered = {kernel_name(s.kernel) for s in specimens}
-    called = {n for n in kernels for other, k in kernels.items() if other != n and f"{n}(" in kernel_source(k)}
-    return sorted(n for n, k in kernels.items() if kernel_name(k) not in covered and n not in called)
+def callers_of(launched: Iterable[Any]) -> dict[tuple[str, str], list[str]]:
+    """Place of each kernel that is compiled when `launched` ones are: names of those that it is compiled for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for kernel in launched:
+        todo, name = [kernel], kernel_name(kernel)
+        while todo:
+            one = todo.pop()
+            names = found.setdefault(kernel_place(one), [])
+            if name not in names:
+                names.append(name)
+                todo += kernels_called(one)
+    return found
+
+
+def coverage(
+    module: ModuleType, callers: Mapping[tuple[str, str], list[str]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Device functions of a file with the kernels that they are checked inside, and what nothing reaches."""
+    own = {n: k for n, k in vars(module).items() if is_kernel(k) and _module_of(k) == module.__name__}
+    within = {n: sorted(set(callers.get(kernel_place(k), ())) - {kernel_name(k)}) for n, k in own.items()}
+    left = sorted(n for n, k in own.items() if kernel_place(k) not in callers)
+    return {n: through for n, through in sorted(within.items()) if through}, left
 
 
 def _module_of(kernel: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from gcu_compile.lowering.rule import same_shape, value_of
+from gcu_compile.torch_private import symbolic_dispatch
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ def compute(node: Node) -> None:
         return argument.meta["val"]
 
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    with mode or contextlib.nullcontext(), symbolic_dispatch(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx.node import map_arg
 
 from gcu_compile.lowering.attention_dtype import keep_dtype
+from gcu_compile.lowering.pairs import unroll_pairs
 from gcu_compile.lowering.provenance import inherit
 from gcu_compile.lowering.rule import value_of
 
@@ -64,9 +65,8 @@ FALLBACK = "should_fallback"  # Inductor's mark of a node that it must not gener
 
 def legalise(gm: torch.fx.GraphModule) -> dict[str, int]:
     """Narrow `gm` in place. Returns how often each thing was done, for the report."""
-    kept = keep_dtype(gm)
-    counts = _Narrowing(gm).run()
-    return {**counts, "attention_kept_dtype": kept} if kept else counts
+    before = {"attention_kept_dtype": keep_dtype(gm), "pairs_unrolled": unroll_pairs(gm)}
+    return {**_Narrowing(gm).run(), **{name: count for name, count in before.items() if count}}
 
 
 def _is_wide(value: Any) -> bool:

@@ -5,7 +5,10 @@ Works on Triton 3.6 to 3.9.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import os
+import textwrap
 import threading
 import types
 import warnings
@@ -51,6 +54,24 @@ def constexpr_names(kernel: Any) -> tuple[str, ...]:
 def kernel_source(kernel: Any) -> str:
     """The text of a `@triton.jit` function."""
     return _jit_function(kernel).src
+
+
+def kernel_place(kernel: Any) -> tuple[str, str]:
+    """File and name of a `@triton.jit` function: the same for one that was imported twice under two names."""
+    function = _jit_function(kernel).fn
+    return os.path.realpath(function.__code__.co_filename), function.__name__
+
+
+def kernels_called(kernel: Any) -> list[Any]:
+    """The `@triton.jit` functions that a kernel's code names: imported ones, and those of imported modules."""
+    around = _jit_function(kernel).fn.__globals__
+    found = []
+    for node in ast.walk(ast.parse(textwrap.dedent(kernel_source(kernel)))):
+        if isinstance(node, ast.Name):
+            found.append(around.get(node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.append(getattr(around.get(node.value.id), node.attr, None))
+    return [value for value in found if is_kernel(value)]
 
 
 def _jit_function(value: Any) -> Any:

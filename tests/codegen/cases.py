@@ -37,6 +37,12 @@ def interleaved_rotary(x, cos, sin):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
+def pair_rotary(x, cos, sin):
+    head, rest = x[..., :32], x[..., 32:]
+    turned = torch.stack((-head[..., 1::2], head[..., 0::2]), -1).flatten(-2)
+    return torch.cat([head * cos + turned * sin, rest], -1)
+
+
 def head_norm(x, w):
     return rms_norm(x.unflatten(-1, (-1, 64)), w).flatten(-2)
 
@@ -175,6 +181,7 @@ CASES = {
     "rotary": (rotary, [((2, 16, 576), bf16), ((2, 1, 16, 64), bf16), ((2, 1, 16, 64), bf16)]),
     "rotary_tables": (rotary_tables, [((1, 9), i64), ((32,), f32)]),
     "interleaved_rotary": (interleaved_rotary, [((5, 3, 32), f32), ((5, 1, 16), f32), ((5, 1, 16), f32)]),
+    "pair_rotary": (pair_rotary, [((2, 9, 5, 80), bf16), ((2, 1, 5, 32), bf16), ((2, 1, 5, 32), bf16)]),
     "head_norm": (head_norm, [((4, 320), f32), ((64,), f32)]),
     "silu_mul": (silu_mul, [((5, 22), f32)]),
     "silu_mul_wide": (silu_mul, [((3, 11008), bf16)]),

@@ -48,6 +48,8 @@ def test_a_legal_kernel_is_status_0(tmp_path):
     assert kernel["cost"]["microseconds"] > 0 and "dma slice" in result.stdout
     # Kernels that nothing launches are named, not passed over.
     assert report["files"][0]["not_checked"] == ["clamp", "reverse"]
+    assert "2 kernels not checked" in result.stdout
+    assert check(tmp_path, COPY, "--strict")[0].exit_code == 1
 
 
 def test_a_slow_kernel_is_status_0_and_says_why(tmp_path):
@@ -98,3 +100,54 @@ def test_an_override_of_a_fact_changes_the_verdict(tmp_path):
     result, report = check(tmp_path, COPY, "--profile", str(tmp_path / "mine.yaml"))
     assert result.exit_code == 1
     assert "warps" in [f["rule"] for f in report["files"][0]["kernels"][0]["findings"]]
+
+
+SHARED = """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def twice(x):
+        return x + x
+
+    @triton.jit
+    def four_times(x):
+        return twice(twice(x))
+
+    @triton.jit
+    def forgotten(x):
+        return x * 3
+"""
+CALLER = """
+    import shared
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def scale(x, y, B: tl.constexpr):
+        i = tl.arange(0, B)
+        tl.store(y + i, shared.four_times(tl.load(x + i)))
+
+    LEGALITY_SPECIMENS = [
+        {"kernel": scale, "signature": {"x": "*fp32", "y": "*fp32"}, "constexprs": {"B": 64}, "name": "scale 64"}
+    ]
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_device_functions_are_checked_inside_what_calls_them(tmp_path, by_name):
+    module = f"shared_{int(by_name)}"  # a module of its own: Python keeps the first of a name
+    text = textwrap.dedent(CALLER).replace("shared", module)
+    if by_name:
+        text = text.replace(f"import {module}\n", f"from {module} import four_times\n").replace(
+            f"{module}.four", "four"
+        )
+    (tmp_path / "scaling.py").write_text(text)
+    (tmp_path / f"{module}.py").write_text(textwrap.dedent(SHARED))
+    out = tmp_path / "report.json"
+    result = CliRunner().invoke(app, ["check", str(tmp_path), "--json", str(out)])
+    assert result.exit_code == 0, result.stdout
+    files = {entry["file"].rsplit("/", 1)[1]: entry for entry in json.loads(out.read_text())["files"]}
+    assert files[f"{module}.py"]["checked_within"] == {"four_times": ["scale"], "twice": ["scale"]}
+    assert files[f"{module}.py"]["not_checked"] == ["forgotten"] and not files["scaling.py"]["not_checked"]
+    assert "checked inside scale: four_times, twice." in result.stdout
