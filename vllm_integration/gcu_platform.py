@@ -72,7 +72,26 @@ class GcuPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
+        cls.leave_graphs_out(vllm_config.compilation_config)
         compilation.apply_defaults(vllm_config.compilation_config, cls.get_compile_backend())
+
+    @classmethod
+    def leave_graphs_out(cls, config: Any) -> None:
+        """Where the device captures no graphs: refuse those that the user asks for, before vLLM's default for all.
+
+        Raises:
+            UnsupportedFeatureError: a `cudagraph_mode` was asked for.
+        """
+        from vllm.config import CUDAGraphMode  # vllm.config imports the platform: not at the top
+
+        if cls.support_static_graph_mode():
+            return
+        if config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+            raise UnsupportedFeatureError(
+                f"this device captures no graphs (torch.gcu has no GCUGraph; the emulated card never does): leave out "
+                f"cudagraph_mode {config.cudagraph_mode.name}, or set it to NONE."
+            )
+        config.cudagraph_mode = CUDAGraphMode.NONE
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
@@ -93,9 +112,8 @@ class GcuPlatform(Platform):
             )
             cache.cache_dtype = behaviours.KV_CACHE_DTYPES["int8"]
         config = vllm_config.compilation_config
-        if config.cudagraph_mode != CUDAGraphMode.NONE and not hasattr(torch.gcu, "GCUGraph"):
-            behaviours.log.info("The emulated card captures no graphs: cudagraph_mode is NONE.")
-            config.cudagraph_mode = CUDAGraphMode.NONE
+        if not cls.support_static_graph_mode():
+            config.cudagraph_mode = CUDAGraphMode.NONE  # whatever vLLM made of its optimisation level
         if config.mode == CompilationMode.VLLM_COMPILE and config.backend == "inductor":
             compilation.take_over(vllm_config, cls.get_compile_backend())
             config.inductor_compile_config.update(inductor_settings(gcu_target(), resolve()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from rich.table import Table
 
 from gcu_compile.cli.report import JsonFile, write_json
 from gcu_compile.cli.target import Override
+from gcu_compile.debug import card_page
+from gcu_compile.debug.dump import PLACES
 from gcu_compile.errors import UnknownNameError
 from gcu_compile.options import resolve
 from gcu_compile.targets.profile import PROFILES
@@ -32,7 +35,7 @@ def cross_compile(
     graphs: Annotated[str, typer.Option("--graphs", help="Which graphs, by comma.")] = "prefill,decode",
     layers: Annotated[int, typer.Option("--layers", help="Only the first N layers; 0: all.")] = 0,
     baseline: Annotated[bool, typer.Option("--baseline", help="Also Inductor's own Triton scheduling.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for sources, TTIR and reports.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for sources, TTIR, reports and a page.")] = None,
     profile_file: Override = "",
     json_file: JsonFile = None,
 ) -> None:
@@ -74,7 +77,8 @@ def cross_compile(
         show(console, f"{name}, {target}, {weights}, batch {batch}, {tokens} tokens", entry)
     if out is not None:
         save(out, result)
-        console.print(f"Sources, TTIR and reports: {out}", highlight=False)
+        card_page.write(out, result, {name: value for name, value in asdict(options).items() if name not in PLACES})
+        console.print(f"Sources, TTIR and reports: {out}; as a page: {out / 'index.html'}", highlight=False)
     write_json(json_file, result)
     if any(e["totals"]["aborts"] or e["totals"]["errors"] for e in result["graphs"].values()):
         raise typer.Exit(1)
@@ -126,7 +130,7 @@ def _verdict(kernel: dict[str, Any]) -> str:
 def save(folder: Path, result: dict[str, Any]) -> None:
     """Write sources, TTIR and reports, each aside and then renamed.
 
-        <graph>/wrapper.py, <graph>/kernels/<name>.py and .ttir, <graph>/report.json
+    <graph>/wrapper.py, <graph>/kernels/<name>.py and .ttir, <graph>/report.json; `card_page` adds index.html
     """
     for name, entry in result["graphs"].items():
         place = folder / name

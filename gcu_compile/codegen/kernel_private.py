@@ -125,8 +125,9 @@ class GcuKernel(Reductions, TritonKernel):
     # ---- positions
 
     def text(self, expression: Any) -> str:
-        """A size or an index as it is spelled in the kernel."""
-        return self.kexpr(self.rename_indexing(sympy.sympify(expression)))
+        """A size or an index as it is spelled in the kernel; in parentheses if it is more than a name or a number."""
+        text = self.kexpr(self.rename_indexing(sympy.sympify(expression)))
+        return text if text.isalnum() else f"({text})"
 
     def codegen_reduction_numels(self, buffer: Any) -> None:
         """Inductor's RBLOCK and rindex are not used."""

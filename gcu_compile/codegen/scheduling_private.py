@@ -5,6 +5,7 @@ Sort, scan and random numbers have no fast lowering on the card: they stay calls
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -75,6 +76,9 @@ class GcuScheduling(TritonScheduling):
             )
         nodes = list(NodeScheduleMarker.only_nodes(kernel_features.node_schedule))
         sizes, lengths, plan = plan_of(nodes, numel, rnumel)
+        if not all(sympy.sympify(length).is_number for length in lengths):
+            # The size that is compiled first says nothing about the others: a program for every group of SIPs.
+            plan = replace(plan, programs=current().profile.value("sip_count") // plan.num_warps)
         kwargs = {name: value for name, value in kernel_kwargs.items() if name in ("features", "tiling_scores")}
         return [GcuKernel(sizes, plan=plan, lengths=lengths, **kwargs)]
 

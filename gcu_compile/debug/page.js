@@ -1,7 +1,9 @@
 "use strict";
 // The page of a dump. Everything shown comes from the JSON in #data and is set as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
-const views = { Overview: overview, Fusion: fusion, Steps: steps, Code: code, Time: time };
+const views = { Overview: overview, Card: (...args) => card(...args), Fusion: fusion, Steps: steps, Code: code, Time: time };
+// A graph that was compiled for a card that is not here has no steps and no calls; the others have no card.
+const shownViews = () => Object.keys(views).filter((name) => (graph() && graph().card ? name !== "Steps" : name !== "Card"));
 const state = { graph: 0, view: "Overview", stage: 0, call: 0, layer: "", at: -1, hits: [] };
 const $ = (id) => document.getElementById(id);
 
@@ -53,7 +55,7 @@ function overview() {
   const count = (wanted) => shown.matches.filter((match) => kind(match) === wanted).length;
   const nodes = (stage) => Object.values(stage.ops).reduce((sum, n) => sum + n, 0);
   const lowered = shown.stages.filter((stage) => Object.keys(stage.ops).length);
-  const card = (value, text, style) => el("div", { class: "card" }, el("b", { class: style }, String(value)), text);
+  const tile = (value, text, style) => el("div", { class: "card" }, el("b", { class: style }, String(value)), text);
   const rules = new Map();
   for (const match of shown.matches) {
     const key = [match.rule, kind(match), match.reason].join("\n");
@@ -62,10 +64,10 @@ function overview() {
   }
   return [
     el("div", { class: "cards" },
-      card(count("fused"), "places fused", "fused"), card(count("inductor"), "left to Inductor to fuse", "inductor"),
-      card(count("near_miss"), "near misses", "near_miss"),
-      first && lowered.length ? card(`${nodes(first)} → ${nodes(lowered.at(-1))}`, "operations") : null,
-      card(shown.calls.length, "kernel calls"), card(seconds(shown.timing.parts.total || 0), "to compile")),
+      tile(count("fused"), "places fused", "fused"), tile(count("inductor"), "left to Inductor to fuse", "inductor"),
+      tile(count("near_miss"), "near misses", "near_miss"),
+      first && lowered.length ? tile(`${nodes(first)} → ${nodes(lowered.at(-1))}`, "operations") : null,
+      shown.calls.length ? tile(shown.calls.length, "kernel calls") : null, tile(seconds(shown.timing.parts.total || 0), "to compile")),
     shown.inference ? null : el("p", { class: "near_miss" }, "This graph needs gradients; the rules are for inference and did not run."),
     el("h2", {}, "Rules"),
     rules.size ? table(["rule", "status", "places", "reason", "first at"], [...rules.values()].map(({ match, places }) =>
@@ -224,7 +226,8 @@ function render(keepScroll = false) {
   const scroll = [...document.querySelectorAll(".split > div")].map((one) => one.scrollTop);
   $("graphs").replaceChildren(...data.graphs.map((one, index) => el("button", { "aria-current": index === state.graph, onclick: () => { state.graph = index; state.call = 0; render(); } },
     el("b", {}, one.name || one.folder), el("small", {}, `${one.folder}  ${one.target}  ${one.matches.filter((match) => match.status === "fused").length} fused`))));
-  $("tabs").replaceChildren(...Object.keys(views).map((name, index) => el("button", { role: "tab", "aria-selected": name === state.view, onclick: () => { state.view = name; render(); } },
+  if (!shownViews().includes(state.view)) state.view = "Overview";
+  $("tabs").replaceChildren(...shownViews().map((name, index) => el("button", { role: "tab", "aria-selected": name === state.view, onclick: () => { state.view = name; render(); } },
     name, el("kbd", {}, String(index + 1)))));
   $("view").replaceChildren(...(data.graphs.length ? views[state.view]().flat(Infinity).filter(Boolean) : [el("p", {}, "This dump holds no graph.")]));
   if (keepScroll) document.querySelectorAll(".split > div").forEach((one, index) => { if (index === 0) one.scrollTop = scroll[index] || 0; });
@@ -272,7 +275,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
-  const names = Object.keys(views), other = { j: 1, k: -1 }[event.key], step = { n: 1, p: -1 }[event.key];
+  const names = shownViews(), other = { j: 1, k: -1 }[event.key], step = { n: 1, p: -1 }[event.key];
   if (names[Number(event.key) - 1]) { state.view = names[Number(event.key) - 1]; render(); }
   else if (other) { state.graph = Math.max(0, Math.min(data.graphs.length - 1, state.graph + other)); render(); }
   else if (step) move(step);
@@ -281,16 +284,3 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "?") $("help").click();
   else if (event.key === "/") { event.preventDefault(); $("search").focus(); $("search").select(); }
 });
-
-$("title").textContent = data.graphs.length ? data.graphs[0].name : "";
-$("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-$("help").addEventListener("click", () => $("keys").showModal());
-$("keys").append(el("h2", {}, "Keys"), table(["key", "does"], Object.entries(KEYS).map(([key, does]) => [el("kbd", {}, key), does])), el("form", { method: "dialog" }, el("p", {}, el("button", {}, "Close"))));
-$("search").addEventListener("input", () => search(false));
-let stored = null;
-try { stored = localStorage.getItem("gcu-theme"); } catch { /* as above */ }
-theme(stored || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-const [wantedGraph, wantedView] = decodeURIComponent(location.hash.slice(1)).split("/");
-state.graph = Math.max(0, Math.min(data.graphs.length - 1, Number(wantedGraph) || 0));
-if (views[wantedView]) state.view = wantedView;
-render();

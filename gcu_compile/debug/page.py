@@ -1,7 +1,7 @@
 """The dump as one HTML page: no server, no other file, no address outside it.
 
 `data(folder)` reads the dump's folders; `write(folder)` puts it as JSON into `page.html`, with `page.css` and
-`page.js`. The page's contract is `data`'s result: `docs/json.md`, `tests/debug/test_page.py`.
+scripts (`SCRIPTS`). The page's contract is `data`'s result: `docs/json.md`, `tests/debug/test_page.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCHEMA = 1
+SCRIPTS = ("page.js", "card.js", "start.js")
 DEFINITION = re.compile(r"^(\w+) = async_compile\.\w+\(")
 
 
@@ -27,10 +28,16 @@ def data(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path) -> Path:
     """Write `index.html` for the graphs in `folder`, aside and then renamed."""
+    return write_data(folder, data(folder))
+
+
+def write_data(folder: Path, found: dict[str, Any]) -> Path:
+    """Write `index.html` with what `data` gives, or `card_page.data`."""
     # A JSON text inside a script element must not hold "</script>" or "<!--".
-    text = json.dumps(data(folder), separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
     page = (HERE / "page.html").read_text()
-    for name, value in (("CSS", (HERE / "page.css").read_text()), ("JS", (HERE / "page.js").read_text())):
+    scripts = "".join((HERE / name).read_text() for name in SCRIPTS)
+    for name, value in (("CSS", (HERE / "page.css").read_text()), ("JS", scripts)):
         page = page.replace(f"/*{name}*/", value)
     page = page.replace("/*DATA*/", text)
     handle, aside = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".html")

@@ -43,6 +43,7 @@ def run(folder: Path, request: dict, timeout: float = 400, **environ: str) -> di
 def probe_worker(worker) -> dict:
     """What holds inside a worker process."""
     from vllm import envs
+    from vllm.distributed.parallel_state import get_tp_group
     from vllm.v1.engine import core
 
     from gcu_compile import backend
@@ -58,6 +59,8 @@ def probe_worker(worker) -> dict:
         "compile_backend": str(worker.vllm_config.compilation_config.backend),
         "compile_mode": int(worker.vllm_config.compilation_config.mode),
         "reports": [report.to_json() for report in backend.reports],
+        "device": str(worker.device),
+        "communicator": type(getattr(get_tp_group(), "device_communicator", None)).__name__,
         "platform": type(__import__("vllm.platforms", fromlist=["x"]).current_platform).__name__,
     }
 

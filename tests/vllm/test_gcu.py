@@ -54,6 +54,25 @@ def test_greedy_tokens_on_the_card_equal_transformers(tmp_path, model, expected,
     assert "Traceback" not in reply["log"].split("Chat template warmup failed")[0]
 
 
+@pytest.mark.slow
+def test_two_cards_with_gloo_answer_as_one(tmp_path, model, expected):
+    """Tensor parallel: each worker on a card of its own, sums and gathers by gloo on the cards' memory."""
+    reply = on_card(tmp_path, model, enforce_eager=True, tensor_parallel_size=2)
+    assert reply.get("tokens") == expected, reply["log"][-3000:]
+    assert [worker["device"] for worker in reply["workers"]] == ["gcu:0", "gcu:1"]
+    assert {worker["communicator"] for worker in reply["workers"]} == {"EmulatedCommunicator"}
+    assert len({worker["pid"] for worker in reply["workers"]}) == 2
+
+
+@pytest.mark.slow
+def test_an_fp8_cache_is_read_and_written_as_int8(tmp_path, model):
+    """On gcu300 the cache is int8; greedy tokens are those of a run that asks for int8."""
+    asked = [on_card(tmp_path / name, model, enforce_eager=True, kv_cache_dtype=name) for name in ("fp8", "int8")]
+    first, second = (reply.get("tokens") for reply in asked)
+    assert first is not None and first == second, asked[0]["log"][-3000:]
+    assert "gcu300 has no fp8" in asked[0]["log"]
+
+
 def test_slots_are_those_of_the_block_table():
     from vllm_integration.slots import PAD_SLOT, slot_mapping
 
