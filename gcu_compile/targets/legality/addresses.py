@@ -119,15 +119,9 @@ class Access:
 
     @property
     def run(self) -> int:
-        """Elements per contiguous run: the dimension of stride 1, and those that go on where it ends."""
-        run, pairs = 1, zip(self.strides or (), self.shape, strict=False)
-        known = [(abs(stride), size) for stride, size in pairs if size > 1 and isinstance(stride, int)]
-        for stride, size in sorted(known):
-            if stride > run:
-                break
-            if stride == run:
-                run *= size
-        return run
+        """Elements per contiguous run: the size of the dimension of stride 1, else 1."""
+        pairs = zip(self.shape, self.strides or (), strict=False)
+        return max((size for size, stride in pairs if stride == 1), default=1)
 
 
 def examine(op: Op, profile: Profile) -> Access:
