@@ -57,22 +57,34 @@ def chain(nodes: Iterable[Any], numel: Any, rnumel: Any) -> Chain:
     total = numel * rnumel
     points: dict[int, sympy.Expr] = {1: sympy.S.One, hint(total): sympy.sympify(total)}
     points.setdefault(hint(rnumel), sympy.sympify(rnumel))
-    needed, short = set(points), set()
+    needed, short, mixed = set(points), set(), set()
+
+    def cut_at(position: sympy.Expr) -> None:
+        """Two sizes that are equal only now, at the sizes that are compiled first, are no cut."""
+        if not V.graph.sizevars.statically_known_equals(points.setdefault(hint(position), position), position):
+            mixed.add(hint(position))
+
     for node in nodes:
         for variable, position, _ in _variables(node, numel, rnumel):
-            points.setdefault(hint(position), position)
+            cut_at(position)
             for index in _indices(node).values():
                 for cut in _cuts_of(index, variable):
                     if hint(position * cut) >= SHORTEST_RUN:
-                        points.setdefault(hint(position * cut), position * cut)
+                        cut_at(position * cut)
                     elif hint(position * cut) not in points:
                         short.add(hint(position * cut))
+
+    def divides(small: int, large: int) -> bool:
+        known = V.graph.sizevars.statically_known_multiple_of
+        return large % small == 0 and known(points[large], points[small])
+
     kept: list[int] = []
     uneven = []
     for at in sorted(points):
         later = [p for p in needed if p > at]
-        if at in needed or ((not kept or at % kept[-1] == 0) and all(p % at == 0 for p in later)):
-            while kept and at % kept[-1]:
+        even = at not in mixed and (not kept or divides(kept[-1], at)) and all(divides(at, p) for p in later)
+        if at in needed or even:
+            while kept and not divides(kept[-1], at):
                 uneven.append(kept.pop())
             kept.append(at)
         else:

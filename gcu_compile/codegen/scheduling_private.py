@@ -105,7 +105,7 @@ def plan_of(nodes: list[Any], numel: Any, rnumel: Any) -> tuple[dict[str, Any], 
         if not inner:
             inner, lengths = [1], [*lengths, sympy.S.One]
             seen = [tiling.Pattern((*p.strides, 0), p.store, p.index, p.compared) for p in seen]
-        plan = tiling.reduction(outer, inner, seen, runtime.profile)
+        plan = tiling.reduction(outer, inner, seen, runtime.profile, fixed=sympy.sympify(rnumel).is_number)
         return {"x": numel, "r0_": rnumel}, lengths, plan
     if not hints:
         hints, lengths = [1], [sympy.S.One]

@@ -93,23 +93,27 @@ def pointwise(sizes: Sequence[int], patterns: Sequence[Pattern], profile: Profil
 
 
 def reduction(
-    outer: Sequence[int], reduced: Sequence[int], patterns: Sequence[Pattern], profile: Profile
+    outer: Sequence[int], reduced: Sequence[int], patterns: Sequence[Pattern], profile: Profile, fixed: bool = True
 ) -> Tiling:
-    """Tiling of a reduction: `outer` dimensions are kept, `reduced` ones summed up; patterns span both."""
+    """Tiling of a reduction: `outer` dimensions are kept, `reduced` ones summed up; patterns span both.
+
+    Args:
+        fixed: the reduced sizes are the same at every launch; what changes cannot be held in one block.
+    """
     sizes = [*outer, *reduced]
     count, x, r = len(outer), len(outer) - 1, len(sizes) - 1
     walked = {d for pattern in patterns for d in pattern.index}
     against = any(_crossed(p.strides, x, r, sizes) for p in patterns)
     most = profile.value("inductor_block_max")
     blocks: dict[int, int] = {}
-    persistent = not against and len(reduced) == 1 and sizes[r] <= LONGEST_PERSISTENT
+    persistent = fixed and not against and len(reduced) == 1 and sizes[r] <= LONGEST_PERSISTENT
     if against:
         # The reduced axis is not contiguous: add rows up, one at a time, in a tile of outputs.
         blocks[r] = 1
     elif persistent:
         blocks[r] = min(pow2(sizes[r]), most["R0_"])
     else:
-        blocks[r] = min(pow2(sizes[r]), most["X"])
+        blocks[r] = min(pow2(sizes[r] if fixed else max(sizes[r], SMALLEST_TILE)), most["X"])
     tiled = [x, r] if blocks[r] > 1 else [x]
     fits = x not in walked and not any({x, r} <= p.compared for p in patterns)
     fits = fits and all(_tileable(p.strides, tiled, sizes) for p in patterns)
