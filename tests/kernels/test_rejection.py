@@ -7,7 +7,7 @@ from test_sample import DTYPES, KINDS, check_chi_square, logits
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.sampling import REJECTION_SAMPLE, eager, rejection_eager
+from gcu_compile.kernels.sampling import REJECTION_SAMPLE, eager, has_values, rejection_eager
 
 
 def case(kind, vocab, dtype, seed, counts=(3, 0, 1, 2)):
@@ -85,6 +85,16 @@ def test_what_comes_out_is_distributed_as_the_target(with_probabilities):
         **asked,
     )
     check_chi_square(got[:, 0], (weights * kept / (weights * kept).sum())[0].numpy())
+
+
+def test_values_on_a_device_are_not_read():
+    """A check that waited for a device would stall every step; values are looked at on the host alone."""
+    assert has_values(torch.zeros(1)) and not has_values(torch.zeros(1, device="meta"))
+    arguments, _, asked = case("normal", 97, torch.float32, 1)
+    device = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
+    probabilities = torch.zeros_like(device[0])
+    got = REJECTION_SAMPLE.eager(*device, probabilities, **{name: value.to("meta") for name, value in asked.items()})
+    assert got.shape == (4, 4)  # a meta tensor refuses to be read
 
 
 def test_no_drafts_at_all_is_bonus_tokens_only():

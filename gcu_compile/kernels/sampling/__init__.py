@@ -95,8 +95,13 @@ def _run_triton(logits, **settings):
     return triton.run(logits, **settings)
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether its values may be looked at: a fake tensor has none, and reading a device's would wait for it."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
 def _eager(logits, **settings):
-    if not isinstance(logits, torch._subclasses.FakeTensor):  # a fake tensor has no values to check
+    if has_values(logits):
         check("sample", logits, settings)
         check_lists(*logits.shape, settings)
     return eager.sample(logits, **settings)
@@ -148,9 +153,8 @@ def _reject(run):
     def call(logits, draft_ids, draft_offsets, bonus_ids, seeds, positions, length, probabilities=None, *rest, **named):
         asked = {"seeds": seeds, "positions": positions, **dict(zip(SETTINGS, rest, strict=False)), **named}
         probabilities = asked.pop("draft_probabilities", probabilities)
-        real = not isinstance(logits, torch._subclasses.FakeTensor)
         check("rejection_sample", logits, asked)
-        check_drafts(logits, draft_ids, draft_offsets, bonus_ids, length, probabilities, real)
+        check_drafts(logits, draft_ids, draft_offsets, bonus_ids, length, probabilities, has_values(logits))
         found = run(logits, draft_ids=draft_ids, draft_probabilities=probabilities, **asked)
         return rejection_eager.assemble(found, draft_ids.long(), draft_offsets, bonus_ids, length)
 
@@ -158,7 +162,7 @@ def _reject(run):
 
 
 def _tokens(logits, **asked):
-    if not isinstance(logits, torch._subclasses.FakeTensor):
+    if has_values(logits):
         check_lists(*logits.shape, asked)
     return rejection_eager.tokens(logits, **asked)
 
@@ -217,7 +221,7 @@ def _scored(run):
 
 
 def _logprobs(logits, token_ids, count, normalised, **asked):
-    if not isinstance(logits, torch._subclasses.FakeTensor):
+    if has_values(logits):
         check_lists(*logits.shape, asked)
         if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < logits.shape[1]:
             raise InvalidInputError(f"gcu::logprobs: token_ids leave the vocabulary of {logits.shape[1]}")

@@ -119,20 +119,30 @@ class Row : public Passes {
       guess = new (memory) Guess(own_.groups, max_, weights, float_of(low));
       next = guess_of(*guess, low, high);
     }
-    if (weights && total_ < 0) {  // nothing is known of the whole yet: one pass that also tells its mass
-      int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
-      if (scan_whole(float_of(l), h == high ? NONE : float_of(h))) {
+    if (weights && total_ < 0) {  // nothing is known of the whole yet: passes that also tell its mass
+      for (int tries = 0; tries < 4; ++tries) {
+        int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
+        if (!scan_whole(float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h))) {
+          if (int64_t(h) - l == 1) break;
+          next = {middle(l, h), h};
+          continue;
+        }
         double mass_above = sum(own_.above), inside = 0;
         for (int i = 0; i < own_.n; ++i) inside += own_.weights[i];
         total_ = mass_above + inside + sum(own_.from);
         int64_t above = sum(own_.beyond);
-        bool too_high = h < high && reached(above, mass_above);
-        if (!too_high && (l == low || reached(above + own_.n, mass_above + inside))) {
+        if (h < high && reached(above, mass_above)) {
+          low = h, count_low = above;
+          next = guess ? guess->beside(low, high, false, ROOM / 2) : Interval{middle(low, high), high};
+        } else if (l == low || reached(above + own_.n, mass_above + inside)) {
           complete_ = above == 0;
           return pick(within, l, h, above, mass_above, reached);
+        } else {
+          high = l, count_high = above + own_.n;
+          next = guess ? guess->beside(low, high, true, ROOM / 2) : Interval{middle(low, high), high};
         }
       }
-      total_ = weigh_blocks(within, false);  // a bad guess: from here on by float64 sums
+      total_ = weigh_blocks(within, false);  // from here on by float64 sums
     }
     for (int tries = 0;; ++tries) {
       int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);

@@ -45,19 +45,20 @@ inline void sift(const float* z, int n, int64_t begin, float low, float high, Sc
   __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
   __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int m = to.n;
+  bool few = !(high <= INF);  // else no branch: which of them lie inside is as good as random
   for (int i = 0; i < n; i += 16) {
     __m512 v = _mm512_loadu_ps(z + i);
-    __mmask16 there = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ);
-    if (!there) continue;
-    __mmask16 above = _mm512_cmp_ps_mask(v, highs, _CMP_GE_OQ), in = there & ~above;
-    from += __builtin_popcount(there), up += __builtin_popcount(above);
-    if (!in || m > ROOM) continue;
+    __mmask16 there = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ), above = _mm512_cmp_ps_mask(v, highs, _CMP_GE_OQ);
+    __mmask16 in = there & ~above;
+    if (few && !in) continue;
+    __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(begin) + i));
     _mm512_storeu_ps(to.values + m, _mm512_maskz_compress_ps(in, v));
-    _mm512_storeu_si512(to.ids + m,
-                        _mm512_maskz_compress_epi32(in, _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(begin) + i))));
+    _mm512_storeu_si512(to.ids + m, _mm512_maskz_compress_epi32(in, ids));
     int some = __builtin_popcount(in);
-    m = m + some <= ROOM ? m + some : ROOM + 1;
+    from += some, up += __builtin_popcount(above);
+    m = std::min(m + some, ROOM + 1);
   }
+  from += up;
   to.n = m;
 #else
   from = count_from(z, n, low), up = high <= INF ? count_from(z, n, high) : 0;
