@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from gcu_compile.cli.main import app
-from gcu_compile.debug.bisect import bisect, script
+from gcu_compile.debug.bisect import bisect, script, search
 from gcu_compile.lowering import pipeline
+from gcu_compile.lowering.context import MatchRecord
 from gcu_compile.lowering.rule import Rule
 from gcu_compile.lowering.rules import all_rules
 
@@ -221,6 +222,41 @@ def test_one_of_several_graphs_is_named(monkeypatch):
     assert bisect(fn, torch.ones(2, 3), options={"inductor": False, **found.remedy}).kind == "nothing"
 
 
+GRAPHS, PLACES = 9, 4
+
+
+@pytest.mark.parametrize("wrong", [("square", 0, 0), ("attention", 8, 3), ("square", 5, 2), None])
+def test_search_without_inductor_over_many_graphs(wrong):
+    """As through vLLM: a run is told its options, and says what came out and what fired."""
+    steps = {"square": "canonicalise", "attention": "attention"}
+
+    def run(options):
+        off = set(options.get("disable_matches", ()))
+        fired = [
+            MatchRecord(rule, index, f"layers.{graph}", "node", "fused", graph=graph)
+            for graph in range(GRAPHS)
+            for rule in ("square", "attention")
+            for index in range(PLACES)
+            if steps[rule] not in options.get("disable_steps", ()) and rule not in options.get("disable_rules", ())
+        ]
+        fired = [match for match in fired if match.name not in off]
+        return [torch.tensor([float(any((m.rule, m.graph, m.index) == wrong for m in fired))])], fired
+
+    found = search(run, [torch.zeros(1)], inductor=False)
+    if wrong is None:
+        assert (found.kind, found.runs) == ("nothing", 1)
+        return
+    rule, graph, index = wrong
+    assert (found.kind, found.rule, found.graph, found.index) == ("match", rule, graph, index)
+    assert found.layer == f"layers.{graph}" and found.remedy == {"disable_matches": [f"{rule}@{graph}.{index}"]}
+    assert found.runs <= 1 + 1 + 1 + math.ceil(math.log2(GRAPHS * PLACES)) + 1
+
+
+def test_search_that_finds_no_rule_guilty():
+    found = search(lambda options: ([torch.ones(1)], []), [torch.zeros(1)], inductor=False)
+    assert (found.kind, found.runs) == ("elsewhere", 2)
+
+
 def test_two_wrong_matches_are_not_blamed_on_one(monkeypatch):
     rules = [planted("first", aten.mul.Tensor, 2, wrong_scale), planted("second", aten.tanh.default, 4, stale_cast)]
     monkeypatch.setattr(pipeline, "all_rules", lambda: (*all_rules(), *rules))
@@ -231,6 +267,7 @@ CASE = '''
 import torch
 
 from gcu_compile.lowering import pipeline
+from gcu_compile.lowering.context import MatchRecord
 from gcu_compile.lowering.rule import Rule
 from gcu_compile.lowering.rules import all_rules
 
