@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA, save_llama
+from tiny import LLAMA, save_llama, save_tokenizer
 from typer.testing import CliRunner
 
 from gcu_compile.cli.main import app
@@ -114,3 +114,58 @@ def test_a_weight_of_nan_is_named(model, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight: the weight holds NaN"):
         quantize(folder, tmp_path / "out", "w4a16")
+
+
+def test_int8_cache_is_asked_for_and_its_scales_are_calibrated(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = save_tokenizer(save_llama(tmp_path / "model"))
+    dynamic = quantize(model, tmp_path / "dynamic", "w8a8", cache=True)
+    scheme = json.loads((tmp_path / "dynamic" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert dynamic["kv_cache"] == "dynamic" and (scheme["type"], scheme["num_bits"], scheme["dynamic"]) == ("int", 8, 1)
+
+    text = "The quick brown fox jumps over the lazy dog"
+    (tmp_path / "text").write_text(f"{text}\n{text[::-1]}\n")
+    words = ["quantize", str(model), "--format", "w4a16", "--out", str(tmp_path / "static"), "--kv-cache", "int8"]
+    result = CliRunner().invoke(app, [*words, "--calibration", str(tmp_path / "text")])
+    assert result.exit_code == 0 and "int8 KV cache with calibrated scales" in result.output, result.output
+    stored = load_file(tmp_path / "static" / "model.safetensors")
+
+    network, reach = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), {}
+    for line in (text, text[::-1]):
+        from transformers import AutoTokenizer
+
+        cache = network(AutoTokenizer.from_pretrained(model)(line, return_tensors="pt")["input_ids"]).past_key_values
+        for index, layer in enumerate(cache.layers):
+            for kind, states in (("k", layer.keys), ("v", layer.values)):
+                reach[index, kind] = max(reach.get((index, kind), 0.0), states.abs().max().item())
+    for (index, kind), largest in reach.items():
+        scale = stored[f"model.layers.{index}.self_attn.{kind}_scale"]
+        assert scale.shape == (1,) and scale.item() == pytest.approx(largest / 127, rel=1e-5)
+    for folder in ("static", "dynamic"):  # other readers of the format take it
+        settings = CompressedTensorsConfig(dequantize=True)
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32, quantization_config=settings)
+
+
+def test_calibration_needs_a_cache_and_text(model, tmp_path):
+    for cache, texts in ((False, ["text"]), (True, []), (True, ["", ""])):
+        with pytest.raises(InvalidValueError, match="calibration cannot be .*texts, together with an int8 KV cache"):
+            quantize(model, tmp_path / "out", "w8a8", cache=cache, calibration=texts)
+    words = ["quantize", str(model), "--format", "w8a8", "--out", str(tmp_path / "out"), "--kv-cache", "int4"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code and isinstance(result.exception, UnknownNameError)
+
+
+def test_experts_are_quantised_and_routers_are_not(tmp_path):
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    config = Qwen2MoeConfig(**{**LLAMA, **sizes, "shared_expert_intermediate_size": 128, "num_hidden_layers": 1})
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = quantize(tmp_path / "model", tmp_path / "out", "w4a16")
+    names = {layer["name"].rpartition("layers.0.")[2] for layer in report["layers"]}
+    assert {f"mlp.experts.{i}.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")} < names
+    assert "mlp.shared_expert.down_proj" in names and not any(name.endswith("gate") for name in names)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight"} < set(stored)

@@ -17,6 +17,7 @@ from gcu_compile.options import resolve
 from gcu_compile.targets import emulator
 from gcu_compile.targets.select import gcu_target
 from vllm_integration import ATTENTION, behaviours, compilation, versions
+from vllm_integration.quantization import cache as quantised_cache
 
 KV_BLOCK_SIZE = 64
 EMULATED = bool(resolve().emulate)
@@ -103,6 +104,7 @@ class GcuPlatform(Platform):
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_integration.gcu_worker.GcuWorker"
         parallel.disable_custom_all_reduce = True
+        quantised_cache.choose(vllm_config)
         refuse_what_has_no_kernels(vllm_config)
         if not cache.user_specified_block_size:
             cache.block_size = KV_BLOCK_SIZE

@@ -15,6 +15,7 @@ from vllm.platforms.cpu import CpuPlatform
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
 from vllm_integration import ATTENTION, MLA, behaviours, compilation, versions
+from vllm_integration.quantization import cache
 
 # Query heads x head size from which our attention is the default. A call of ours costs some 0.1 ms more than one of
 # vLLM's: a fifth of SmolLM2-135M's decode speed (9 x 64), and little beside a layer of Llama-1B's width (32 x 64).
@@ -116,6 +117,7 @@ class GcuHostPlatform(CpuPlatform):
         asked_mode, asked_backend = config.mode, config.backend
         asked_async = vllm_config.scheduler_config.async_scheduling
         torch_wrap = config.ir_enable_torch_wrap
+        cache.choose(vllm_config)
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = "vllm_integration.worker.GcuHostWorker"
         mla = vllm_config if cls.mla_is_ours(vllm_config) else None

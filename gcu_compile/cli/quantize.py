@@ -15,13 +15,32 @@ Model = Annotated[Path, typer.Argument(help="A model folder with .safetensors fi
 Name = Annotated[str, typer.Option("--format", help="w4a16, w8a16 or w8a8.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")]
 Group = Annotated[int | None, typer.Option("--group-size", help="Inputs per scale; default: the largest that fits.")]
+Cache = Annotated[str | None, typer.Option("--kv-cache", help="int8: ask readers for an int8 KV cache.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", help="A text file, a document a line, that sets the cache's scales; default: scales per token."
+    ),
+]
 WORST = 5
 
 
-def quantize(model: Model, name: Name, out: Out, group_size: Group = None, json_file: JsonFile = None) -> None:
+def quantize(
+    model: Model,
+    name: Name,
+    out: Out,
+    group_size: Group = None,
+    kv_cache: Cache = None,
+    calibration: Calibration = None,
+    json_file: JsonFile = None,
+) -> None:
     """Round a model's linear layers to integers and write a compressed-tensors checkpoint."""
     from gcu_compile import quantize as quantiser
+    from gcu_compile.errors import UnknownNameError
 
+    if kv_cache not in (None, "int8"):
+        raise UnknownNameError("KV cache format", kv_cache, ("int8",))
+    texts = None if calibration is None else calibration.read_text().splitlines()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers", total=None)
@@ -29,12 +48,13 @@ def quantize(model: Model, name: Name, out: Out, group_size: Group = None, json_
         def progress(layer: str, done: int, total: int) -> None:
             bar.update(task, description=layer, completed=done, total=total)
 
-        result = quantiser.quantize(model, out, name, group_size, progress)
+        result = quantiser.quantize(model, out, name, group_size, progress, kv_cache is not None, texts)
     write_json(json_file, result)
     layers = sorted(result["layers"], key=lambda layer: -layer["relative"])
     mean = sum(layer["relative"] for layer in layers) / len(layers)
     size = f"groups of {result['group_size']}" if result["group_size"] else "a scale per output"
-    typer.echo(f"{out}: {name}, {size}, {len(layers)} layers")
+    cache = {"static": ", int8 KV cache with calibrated scales", "dynamic": ", int8 KV cache", None: ""}
+    typer.echo(f"{out}: {name}, {size}, {len(layers)} layers{cache[result['kv_cache']]}")
     typer.echo(f"{result['bytes_before'] / 1e6:.1f} MB -> {result['bytes_after'] / 1e6:.1f} MB")
     typer.echo(f"error of the weights, |difference| / |weight|: mean {mean:.4f}; largest:")
     for layer in layers[:WORST]:

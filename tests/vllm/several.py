@@ -77,7 +77,8 @@ def answer(request: dict) -> dict:
         ]
     else:  # a pooling model
         reply["embeddings"] = [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)]
-    (reply["worker"],) = llm.collective_rpc(calls)
+    reply["worker"], *_ = llm.collective_rpc(calls)
+    reply["kv_cache_dtype"] = llm.llm_engine.vllm_config.cache_config.cache_dtype
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

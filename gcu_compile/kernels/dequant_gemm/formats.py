@@ -70,19 +70,22 @@ def prepare(
         if g_idx.shape != (k,) or (k and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups):
             raise wrong(f"g_idx must be [{k}] with groups 0 .. {groups - 1}")
         g_idx, order = _sorted(g_idx, groups)
-    codes = None
-    if order is not None:
-        codes = layouts.unpack(weight, form, n, k)[:, order]
     new = layouts.get(target or layout)
-    if codes is not None:
-        weight = layouts.pack(codes - form.midpoint + new.midpoint, new)
-    elif new is not form:
-        weight = layouts.repack(weight, form, new, n, k)
+    if order is not None or new is not form:
+        weight = layouts.repack(weight, form, new, n, k, order)
     if new.tile:  # a layout of the host's kernels
         weight = pages.huge(weight)
     if zeros is not None and new.midpoint != form.midpoint:
         zeros = zeros + (new.midpoint - form.midpoint)
     return Linear(new.name, weight, _smallest(scales.contiguous()), zeros, g_idx, order)
+
+
+def from_codes(name: str, kind: str, codes: torch.Tensor, scales: torch.Tensor, target: str) -> Linear:
+    """A layer that was quantised here: codes [N, K] around 0, scales [G, N], laid out as `target`."""
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(f"{name} ({kind}): a scale is NaN or infinite")
+    form = layouts.get(target)
+    return Linear(form.name, layouts.pack_blocks(codes, form), _smallest(scales), None, None, None)
 
 
 def _inputs(form: layouts.Layout, weight: torch.Tensor) -> int:
@@ -116,3 +119,8 @@ def packed_zeros(stored: torch.Tensor, bits: int, groups: int, n: int, plus_one:
     form = layouts.get("int4_rows_i32" if bits == 4 else "int8_rows_i32")
     zeros = layouts.unpack(stored, form, groups, n)
     return (zeros + 1 if plus_one else zeros).contiguous()
+
+
+def awq_zeros(stored: torch.Tensor, groups: int, n: int) -> torch.Tensor:
+    """[G, N] zeros of AWQ's qzeros [G, N / 8], whose codes lie in the words in the order of its weights."""
+    return layouts.unpack(stored, layouts.get("awq_int4"), n, groups).T.contiguous()

@@ -8,6 +8,8 @@ layout of the table. Nothing else in the project knows these facts; a new layout
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +75,7 @@ def _up(size: int, unit: int) -> int:
 IN_ORDER = tuple(range(8))
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 HOST_TILE = 64
+CODES = 1 << 18  # so many does a thread unpack at a time while a weight is repacked
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -115,21 +118,19 @@ def pack(codes: torch.Tensor, layout: Layout) -> torch.Tensor:
     if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
         raise InvalidInputError(f"layout {layout.name}: codes must be {low} .. {high}")
     n, k = codes.shape
-    # As bit patterns; 64 bits wide, since the top code of an int32 word reaches its sign.
-    bits = codes.to(torch.int64) & ((1 << layout.bits) - 1)
+    bits = codes.to(torch.int32) & ((1 << layout.bits) - 1)  # as bit patterns
     pad_n = layout.tile or (layout.per_word if layout.packed == "n" else 1)
     pad_k = layout.per_word if layout.packed == "k" else 1
     bits = torch.nn.functional.pad(bits, (0, -k % pad_k, 0, -n % pad_n))
     if layout.rows == "k":
         bits = bits.T
     dim = 0 if layout.packed == layout.rows else 1
-    words = bits.unflatten(dim, (-1, layout.per_word)).movedim(dim + 1, -1)[..., list(layout.order)]
-    shifts = torch.arange(layout.per_word) * layout.bits
-    stored = (words << shifts).sum(-1)
-    width = torch.iinfo(layout.word).bits
-    if torch.iinfo(layout.word).min < 0:
-        stored = torch.where(stored >= 1 << (width - 1), stored - (1 << width), stored)
-    stored = stored.to(layout.word)
+    words = bits.unflatten(dim, (-1, layout.per_word)).movedim(dim + 1, 0)
+    stored = words[layout.order[0]].clone()
+    for place, offset in enumerate(layout.order[1:], 1):
+        stored |= words[offset] << (place * layout.bits)
+    if layout.word != torch.int32:
+        stored = stored.to(torch.uint8).view(layout.word)
     if layout.tile:
         stored = stored.unflatten(1, (-1, layout.tile)).movedim(1, 0)
     return stored.contiguous()
@@ -161,14 +162,83 @@ def unpack(stored: torch.Tensor, layout: Layout, n: int, k: int) -> torch.Tensor
     return codes[:n, :k]
 
 
-def repack(stored: torch.Tensor, old: Layout, new: Layout, n: int, k: int) -> torch.Tensor:
-    """`stored` in layout `new`; codes change their sign convention with it (code - midpoint stays)."""
-    words = _words(stored, old, k)
+def repack(
+    stored: torch.Tensor, old: Layout, new: Layout, n: int, k: int, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`stored` in layout `new`; codes change their sign convention with it (code - midpoint stays).
+
+    Args:
+        order: [K]; input `order[i]` of the old weight becomes input i. None: inputs stay.
+
+    Where the new words hold the codes of the old ones, words are moved (and their sign bits flipped). Else codes are
+    unpacked and packed again, some outputs at a time: little is in memory beside `stored` and the result.
+    """
+    words = _words(stored, old, k) if order is None else None
     if words is not None and _same_words(old, new) and new.rows == "k" and new.tile:
-        words = torch.nn.functional.pad(words, (0, -n % new.tile))
-        return words.unflatten(1, (-1, new.tile)).movedim(1, 0).contiguous()
-    codes = unpack(stored, old, n, k)
-    return pack(codes - old.midpoint + new.midpoint, new)
+        whole = words.shape[1] // new.tile * new.tile
+        moved = words.new_empty(new.shape(n, k))
+        moved[: whole // new.tile] = words[:, :whole].unflatten(1, (-1, new.tile)).movedim(1, 0)
+        if whole < n:
+            moved[-1] = torch.nn.functional.pad(words[:, whole:], (0, -n % new.tile))
+        if old.signed != new.signed:
+            moved.bitwise_xor_(_sign_bits(new.bits))
+            if whole < n:
+                moved[-1, :, n - whole :] = 0
+        return moved
+    moved = torch.empty(new.shape(n, k), dtype=new.word, device=stored.device)
+
+    def move(begin: int, end: int) -> None:
+        codes = unpack(_outputs(stored, old, begin, end), old, end - begin, k)
+        if order is not None:  # along the way that the codes lie in memory
+            lying = codes.stride(0) < codes.stride(1)
+            codes = codes.T.index_select(0, order).T if lying else codes.index_select(1, order)
+        _outputs(moved, new, begin, end).copy_(pack(codes - old.midpoint + new.midpoint, new))
+
+    _in_blocks(move, n, k)
+    return moved
+
+
+def pack_blocks(codes: torch.Tensor, new: Layout) -> torch.Tensor:
+    """`pack` of codes [N, K] around 0, some outputs at a time; they are moved to the midpoint of `new`."""
+    n, k = codes.shape
+    stored = torch.empty(new.shape(n, k), dtype=new.word, device=codes.device)
+
+    def store(begin: int, end: int) -> None:
+        _outputs(stored, new, begin, end).copy_(pack(codes[begin:end] + new.midpoint, new))
+
+    _in_blocks(store, n, k)
+    return stored
+
+
+def _in_blocks(work: Callable[[int, int], None], n: int, k: int) -> None:
+    """`work(begin, end)` for outputs 0 .. n in pieces of about `CODES` codes, cut between tiles and words.
+
+    A thread takes a piece at a time and computes it alone: pieces are too small for torch's own threads, which on a
+    busy machine spend most of their time waiting for each other.
+    """
+    size = max(1, CODES // max(1, k) // HOST_TILE) * HOST_TILE
+    begins = range(0, n, size)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, max(1, len(begins))), "repack", torch.set_num_threads, (1,)) as pool:
+            for _ in pool.map(lambda begin: work(begin, min(begin + size, n)), begins):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _outputs(stored: torch.Tensor, layout: Layout, begin: int, end: int) -> torch.Tensor:
+    """The part of a stored tensor that holds outputs begin .. end; `begin` lies between tiles and words."""
+    if layout.tile:
+        return stored[begin // layout.tile : _up(end, layout.tile)]
+    unit = layout.per_word if layout.packed == "n" else 1
+    return stored.narrow(0 if layout.rows == "n" else 1, begin // unit, _up(end, unit) - begin // unit)
+
+
+def _sign_bits(bits: int) -> int:
+    """The word of 32 bits whose codes have only their top bit set, as a signed integer."""
+    word = sum(1 << (bits * (i + 1) - 1) for i in range(32 // bits))
+    return word - (1 << 32)
 
 
 def _words(stored: torch.Tensor, layout: Layout, k: int) -> torch.Tensor | None:
@@ -183,9 +253,9 @@ def _words(stored: torch.Tensor, layout: Layout, k: int) -> torch.Tensor | None:
 
 
 def _same_words(old: Layout, new: Layout) -> bool:
-    """Whether both put the same codes into the same words, so that only words need to move."""
+    """Whether both put codes into the same places of words of 32 bits, up to their sign."""
     natural = old.order == tuple(range(old.per_word)) and new.order == tuple(range(new.per_word))
-    return natural and (old.bits, old.signed) == (new.bits, new.signed) and new.packed == "k"
+    return natural and old.bits == new.bits and new.packed == "k"
 
 
 def bytes_of(layout: Layout, n: int, k: int) -> int:

@@ -78,6 +78,17 @@ def test_repack_keeps_what_codes_stand_for(old, new):
     codes = random_codes(old, 70, 24)
     repacked = layouts.repack(layouts.pack(codes, old), old, new, 70, 24)
     assert torch.equal(layouts.unpack(repacked, new, 70, 24) - new.midpoint, codes - old.midpoint)
+    assert torch.equal(repacked, layouts.pack(codes - old.midpoint + new.midpoint, new))  # what pads a tile too
+
+
+@pytest.mark.parametrize(("old", "new"), SAME_WIDTH)
+def test_repack_by_blocks_and_in_another_order_of_the_inputs(old, new, monkeypatch):
+    monkeypatch.setattr(layouts, "CODES", 4000)  # 64 outputs of 32 inputs
+    old, new, n = layouts.get(old), layouts.get(new), 3 * 64 + 24
+    codes, order = random_codes(old, n, 32), torch.randperm(32)
+    whole = layouts.pack(codes[:, order] - old.midpoint + new.midpoint, new)
+    assert torch.equal(layouts.repack(layouts.pack(codes, old), old, new, n, 32, order), whole)
+    assert torch.equal(layouts.pack_blocks(codes[:, order] - old.midpoint, new), whole)
 
 
 def test_code_out_of_range_is_refused():

@@ -1,0 +1,108 @@
+"""The vendor's names as `quantization=`, and checkpoints of `gcu-compile quantize`, through vLLM."""
+
+import json
+import random
+
+import pytest
+import torch
+from engine import SMALL
+from quantised import LINEAR, load, logprobs, quantised_inputs
+from quantised import Form as Stored
+from safetensors.torch import load_file, save_file
+from several import run
+from test_quantization import check_logprobs
+from tiny import LLAMA, save_llama, save_tokenizer
+
+from gcu_compile.errors import CheckpointError
+from gcu_compile.quantize import quantize
+from gcu_compile.quantize.rounding import FORMATS, to_nearest
+
+pytestmark = pytest.mark.vllm
+ACTIVATIONS = {"w4a16": "", "w8a16": "", "w8a8": "dynamic"}
+
+
+def prompts():
+    source = random.Random(3)
+    return [[source.randrange(2, LLAMA["vocab_size"]) for _ in range(length)] for length in (2, 5, 23, 40)]
+
+
+def round_weights(folder, name, size=None):
+    """The checkpoint in `folder` with the numbers of its rounded weights."""
+    tensors = load_file(folder / "model.safetensors")
+    for key, weight in tensors.items():
+        if LINEAR.search(key):
+            n, k = weight.shape
+            group = size or FORMATS[name].group_size(k)
+            codes, scales = to_nearest(weight, FORMATS[name].bits, group)
+            tensors[key] = (codes.view(n, -1, group or k) * scales.float().unsqueeze(-1)).view(n, k)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def expected(folder, name):
+    form = Stored("compressed", activations=ACTIVATIONS[name])
+    with quantised_inputs(form, unlike=(LLAMA["vocab_size"],)):
+        return form, logprobs(load(folder), prompts())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_and_checkpoints(name, tmp_path):
+    """In one process: a float checkpoint rounded at load, the same with an int8 cache, the written checkpoint alone, by
+    its name, and with calibrated scales of the cache."""
+    plain, text = save_tokenizer(save_llama(tmp_path / "plain")), ["The quick brown fox", "jumps over the lazy dog"]
+    written = tmp_path / "written"
+    size = quantize(plain, written, name)["group_size"]
+    quantize(plain, tmp_path / "cached", name, cache=True)
+    quantize(plain, tmp_path / "calibrated", name, cache=True, calibration=text)
+    cases = {
+        "rounded": {"model": plain, "quantization": name},
+        "rounded c8": {"model": plain, "quantization": f"{name}c8"},
+        "written": {"model": written},
+        "written, named": {"model": written, "quantization": name},
+        "cached": {"model": tmp_path / "cached"},
+        "calibrated": {"model": tmp_path / "calibrated"},
+    }
+    sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+    requests = [
+        {"llm": {**SMALL, **case, "model": str(case["model"]), "enforce_eager": True}, "prompts": prompts()}
+        for case in cases.values()
+    ]
+    replies = run(tmp_path / "run", [{**request, "sampling": sampling} for request in requests], timeout=900)
+    replies = dict(zip(cases, replies, strict=True))
+    unquantised = logprobs(load(plain), prompts())
+    form, by_layer = expected(round_weights(save_llama(tmp_path / "by_layer"), name), name)
+    _, as_written = expected(round_weights(save_llama(tmp_path / "as_written"), name, size), name)
+    check_logprobs(form, replies["rounded"]["logprobs"], by_layer, unquantised, "rounded")
+    for case in ("written", "written, named"):
+        check_logprobs(form, replies[case]["logprobs"], as_written, unquantised, case)
+    assert {case for case in cases if replies[case]["kv_cache_dtype"].startswith("int8")} == {
+        "rounded c8",
+        "cached",
+        "calibrated",
+    }
+    for case, numbers in (("rounded c8", by_layer), ("cached", as_written), ("calibrated", as_written)):
+        found, numbers = torch.tensor(sum(replies[case]["logprobs"], [])), torch.tensor(sum(numbers, []))
+        # Keys and values of 8 bits: a small change, and one that is seen.
+        assert 0 < (found - numbers).abs().mean() < 0.05, case
+
+
+def test_a_name_that_is_not_the_checkpoints(tmp_path):
+    import vllm_integration
+
+    vllm_integration.register()
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    written = tmp_path / "written"
+    quantize(save_llama(tmp_path / "plain"), written, "w4a16")
+    config = json.loads((written / "config.json").read_text())["quantization_config"]
+    for name in ("w4a16", "w4a16c8"):
+        assert get_quantization_config(name).override_quantization_method(config, name) == name
+        assert get_quantization_config(name).override_quantization_method(config, None) is None
+    for name in ("w8a16", "w8a8", "w8a8c8"):
+        with pytest.raises(CheckpointError, match=rf"quantization='{name}', and the checkpoint is w4a16"):
+            get_quantization_config(name).override_quantization_method(config, name)
+    gptq = {"quant_method": "gptq", "bits": 8}
+    assert get_quantization_config("w8a16").override_quantization_method(gptq, "w8a16") == "w8a16"
+    with pytest.raises(CheckpointError, match="the checkpoint is fp8"):
+        get_quantization_config("w8a8").override_quantization_method({"quant_method": "fp8"}, "w8a8")

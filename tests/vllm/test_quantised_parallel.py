@@ -1,0 +1,42 @@
+"""Quantised layers on two tensor-parallel workers of a CPU: the log-probabilities of one worker."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from engine import SMALL
+from quantised import FORMS, save
+from several import run
+from test_quantization import check_logprobs
+from tiny import LLAMA, save_llama
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# 192 inputs of the down projection are 96 a rank, which groups of 32 divide.
+CHOSEN = ("gptq int4 asymmetric act-order", "gptq int8", "awq int4", "w4a16 asymmetric", "w8a8 static", "w8a8")
+
+
+def prompts():
+    source = random.Random(4)
+    return [[source.randrange(2, LLAMA["vocab_size"]) for _ in range(length)] for length in (2, 5, 23, 40)]
+
+
+def test_two_workers_say_what_one_says(tmp_path):
+    requests, chosen = [], {}
+    sampling = {"temperature": 0, "max_tokens": 8, "prompt_logprobs": 0, "detokenize": False, "ignore_eos": True}
+    for index, name in enumerate(CHOSEN):
+        chosen[name] = replace(FORMS[name], group=32 if FORMS[name].group else FORMS[name].group)
+        folder = save(chosen[name], save_llama(tmp_path / f"plain{index}"), tmp_path / f"model{index}")
+        llm = {"model": str(folder), **SMALL, "enforce_eager": True}
+        for workers in (1, 2):
+            more = {"tensor_parallel_size": workers}
+            requests.append({"llm": {**llm, **more}, "prompts": prompts(), "sampling": sampling})
+    replies = iter(run(tmp_path / "run", requests, timeout=900))
+    for name in CHOSEN:
+        one, two = next(replies), next(replies)
+        if chosen[name].activations != "dynamic":
+            check_logprobs(replace(chosen[name], activations=""), two["logprobs"], one["logprobs"], [], name)
+            assert two["tokens"] == one["tokens"], name
+        else:  # each worker has its own scale for its part of a token
+            found, expected = (torch.tensor(sum(reply["logprobs"], [])) for reply in (two, one))
+            assert (found - expected).abs().mean() < 0.05

@@ -1,0 +1,257 @@
+"""The experts of a mixture on `gcu::dequant_gemm_grouped` and `gcu::int8_gemm_grouped`.
+
+    rows sorted by expert -> gate and up, one grouped product -> activation -> down, one grouped product -> weighted sum
+
+vLLM's own classes make and load the parameters of each format (`create_weights`); what follows the loading is ours.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQMoEMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    CompressedTensorsW8A8Int8MoEMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
+    CompressedTensorsWNA16MoEMethod,
+)
+
+from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
+from gcu_compile.kernels.dequant_gemm import formats
+from vllm_integration.quantization import layer as layers
+from vllm_integration.quantization import progress
+
+PARTS = ("w13", "w2")  # gate and up, one above the other; down
+SILU = torch.nn.functional.silu
+ACTIVATIONS = {
+    MoEActivation.SILU: SILU,
+    MoEActivation.GELU: torch.nn.functional.gelu,
+    MoEActivation.GELU_TANH: lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+}
+
+
+class Experts(FusedMoEMethodBase):
+    """What the formats share. `process_weights_after_loading` leaves gcu_w13_* and gcu_w2_* on the layer."""
+
+    prefix = ""
+
+    def __init__(self, moe, prefix: str = "") -> None:
+        FusedMoEMethodBase.__init__(self, moe)  # the formats' own __init__ choose kernels that a CPU has not
+        self.prefix = prefix
+        if moe.activation not in ACTIVATIONS or not moe.is_act_and_mul:
+            known = ", ".join(activation.value for activation in ACTIVATIONS)
+            raise UnsupportedFeatureError(
+                f"{prefix}: quantised experts with activation {moe.activation.value!r}; expected one of {known}"
+            )
+        if getattr(moe, "swiglu_limit", None) is not None:
+            raise UnsupportedFeatureError(f"{prefix}: quantised experts with a limit on the activation (swiglu_limit)")
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return None
+
+    def get_fused_moe_quant_config(self, layer):
+        return None  # no kernel of vLLM's modular interface
+
+    def create_weights(self, layer, *args, params_dtype, **extra) -> None:
+        super().create_weights(layer, *args, params_dtype=params_dtype, **extra)
+        progress.expect()
+
+    def _put(self, layer, part: str, linears, drop: tuple[str, ...]) -> None:
+        """Stack the prepared experts; `linears` makes one at a time, so that one copy exists beside the stack."""
+        stacks, count = {}, 0
+        for index, linear in enumerate(linears):
+            for name in ("weight", "scales", "zeros"):
+                value = getattr(linear, name)
+                if value is None:
+                    continue
+                if index == 0:
+                    stacks[name] = value.new_empty(layer.local_num_experts, *value.shape)
+                if stacks[name].dtype != value.dtype:  # scales are kept in 16 bits where that is exact
+                    stacks[name] = stacks[name].to(torch.promote_types(stacks[name].dtype, value.dtype))
+                stacks[name][index] = value
+            layout, count = linear.layout, count + 1
+        if count != layer.local_num_experts:
+            raise CheckpointError(f"{self.prefix}: {count} experts, expected {layer.local_num_experts}")
+        for name in drop:
+            layer._parameters.pop(name, None)
+        setattr(layer, f"gcu_{part}_layout", layout)
+        for name in ("weight", "scales", "zeros"):
+            layers.keep(layer, f"gcu_{part}_{name}", stacks.get(name))
+
+    def _bias(self, layer, part: str) -> torch.Tensor | None:
+        """The bias of a part, where the model or the checkpoint has one."""
+        name = f"{part}_bias"
+        if self.moe.has_bias or name in getattr(layer, "_loaded_expert_biases", ()):
+            return getattr(layer, name)
+        return None
+
+    def _product(self, layer, part: str, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """[rows, K] sorted by expert -> [rows, N]."""
+        weight, scales, zeros = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "zeros"))
+        layout = getattr(layer, f"gcu_{part}_layout")
+        bias = self._bias(layer, part)
+        return torch.ops.gcu.dequant_gemm_grouped(x, offsets, weight, scales, zeros, None, bias, layout=layout)
+
+    def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+        """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden]."""
+        tokens, top_k = topk_ids.shape
+        ids = topk_ids.reshape(-1).long()
+        if layer.expert_map is not None:
+            ids = layer.expert_map.long()[ids]  # -1: on another rank
+        order = torch.argsort(ids, stable=True)
+        offsets = torch.searchsorted(ids[order], torch.arange(layer.local_num_experts + 1))
+        weights = topk_weights.to(torch.float32).reshape(-1, 1)
+        rows = x[order // top_k]
+        if layer.apply_router_weight_on_input:
+            rows = (rows * weights[order]).to(x.dtype)
+        gate, up = self._product(layer, "w13", rows, offsets).chunk(2, dim=-1)
+        y = self._product(layer, "w2", ACTIVATIONS[layer.activation](gate) * up, offsets)
+        found = torch.empty_like(y, dtype=torch.float32)
+        found[order] = y.to(torch.float32)
+        if not layer.apply_router_weight_on_input:
+            found *= weights
+        return found.view(tokens, top_k, -1).sum(1).to(x.dtype)
+
+
+class GPTQExperts(Experts, AutoGPTQMoEMethod):
+    """GPTQ int4 and int8; inputs in their own order (vLLM loads no g_idx of experts)."""
+
+    def __init__(self, quant_config, moe) -> None:
+        super().__init__(moe)
+        self.quant_config, self.input_dtype = quant_config, None
+        if quant_config.act_order:
+            raise UnsupportedFeatureError("GPTQ experts with desc_act: vLLM does not load their g_idx")
+
+    def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
+        check_groups(self.prefix, "GPTQ", self.quant_config.group_size, hidden_size, intermediate_size_per_partition)
+        sizes = num_experts, hidden_size, intermediate_size_per_partition
+        super().create_weights(layer, *sizes, params_dtype=torch.float32, **extra)
+
+    def process_weights_after_loading(self, layer) -> None:
+        bits = self.quant_config.quant_type.size_bits
+        for part in PARTS:
+            names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros"))
+            weight, scales, qzeros = (getattr(layer, name).data for name in names)
+
+            def one(expert, weight=weight, scales=scales, qzeros=qzeros, part=part):
+                zeros = None
+                if not self.quant_config.is_sym:
+                    shape = scales[expert].shape
+                    zeros = formats.packed_zeros(qzeros[expert], bits, *shape, self.quant_config.plus_one)
+                name, target = f"{self.prefix}.{expert}.{part}", layers.target(weight, bits)
+                layout = f"gptq_int{bits}"
+                kind = f"GPTQ int{bits}"
+                return formats.prepare(name, kind, layout, weight[expert], scales[expert], zeros, target=target)
+
+            self._put(layer, part, map(one, range(layer.local_num_experts)), names)
+        progress.done(self.prefix)
+
+
+class AWQExperts(Experts, AutoAWQMoEMethod):
+    """AWQ int4."""
+
+    def __init__(self, quant_config, moe, prefix: str) -> None:
+        super().__init__(moe, prefix)
+        self.quant_config, self.input_dtype = quant_config, None
+
+    def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
+        check_groups(self.prefix, "AWQ", self.quant_config.group_size, hidden_size, intermediate_size_per_partition)
+        sizes = num_experts, hidden_size, intermediate_size_per_partition
+        super().create_weights(layer, *sizes, params_dtype=torch.float32, **extra)
+
+    def process_weights_after_loading(self, layer) -> None:
+        for part in PARTS:
+            names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros"))
+            weight, scales, qzeros = (getattr(layer, name).data for name in names)
+
+            def one(expert, weight=weight, scales=scales, qzeros=qzeros, part=part):
+                shape, name = scales[expert].shape, f"{self.prefix}.{expert}.{part}"
+                zeros = formats.awq_zeros(qzeros[expert], *shape) if self.quant_config.zero_point else None
+                target, kind = layers.target(weight, 4), "AWQ int4"
+                return formats.prepare(name, kind, "awq_int4", weight[expert], scales[expert], zeros, target=target)
+
+            self._put(layer, part, map(one, range(layer.local_num_experts)), names)
+        progress.done(self.prefix)
+
+
+class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
+    """compressed-tensors, 4 or 8 bits in words of 32."""
+
+    def __init__(self, weights, moe, prefix: str) -> None:
+        super().__init__(moe, prefix)
+        self.weight_quant, self.input_quant, self.is_transposed = weights, None, False
+        self.symmetric, self.num_bits, self.strategy = weights.symmetric, weights.num_bits, weights.strategy
+        self.packed_factor = Fraction(32, weights.num_bits)
+        self.group_size = -1 if weights.group_size is None else weights.group_size
+
+    def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
+        check_groups(self.prefix, "packed", self.group_size, hidden_size, intermediate_size_per_partition)
+        sizes = num_experts, hidden_size, intermediate_size_per_partition
+        super().create_weights(layer, *sizes, params_dtype=torch.float32, **extra)
+
+    def process_weights_after_loading(self, layer) -> None:
+        bits = self.num_bits
+        for part in PARTS:
+            names = tuple(f"{part}_weight_{name}" for name in ("packed", "scale", "zero_point", "shape"))
+            weight, scales, words = (getattr(layer, name, None) for name in names[:3])
+
+            def one(expert, weight=weight, scales=scales, words=words, part=part):
+                scale, zeros = scales.data[expert].T, None
+                if not self.symmetric:
+                    zeros = formats.packed_zeros(words.data[expert].T.contiguous(), bits, *scale.shape)
+                name, target = f"{self.prefix}.{expert}.{part}", layers.target(weight, bits)
+                layout, kind = f"int{bits}_rows_i32", f"int{bits}, packed"
+                return formats.prepare(name, kind, layout, weight.data[expert], scale, zeros, target=target)
+
+            self._put(layer, part, map(one, range(layer.local_num_experts)), names)
+        progress.done(self.prefix)
+
+
+class Int8Product:
+    """Products of experts with int8 weights and activations, quantised per token in the kernel."""
+
+    def _product(self, layer, part, x, offsets):
+        weight, scales, layout = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "layout"))
+        bias = self._bias(layer, part)
+        return torch.ops.gcu.int8_gemm_grouped(x, offsets, weight, scales, None, bias, layout=layout, out_dtype=x.dtype)
+
+
+class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
+    """compressed-tensors W8A8: a scale per output, activations quantised per token in the kernel."""
+
+    def __init__(self, weights, inputs, moe, prefix: str) -> None:
+        super().__init__(moe, prefix)
+        self.weight_quant, self.input_quant, self.static_input_scales = weights, inputs, False
+
+    def process_weights_after_loading(self, layer) -> None:
+        for part in PARTS:
+            names = (f"{part}_weight", f"{part}_weight_scale")
+            weight, scales = (getattr(layer, name).data for name in names)
+
+            def one(expert, weight=weight, scales=scales, part=part):
+                name, scale = f"{self.prefix}.{expert}.{part}", scales[expert].reshape(1, -1)
+                target, k = layers.target(weight, 8), weight.shape[-1]
+                return formats.prepare(name, "int8", "int8_rows", weight[expert], scale, target=target, inputs=k)
+
+            self._put(layer, part, map(one, range(layer.local_num_experts)), names)
+        progress.done(self.prefix)
+
+
+def check_groups(prefix: str, kind: str, size: int, hidden: int, intermediate: int) -> None:
+    """Raise where a group would reach over the end of a shard's inputs."""
+    for what, inputs in (("hidden", hidden), ("intermediate", intermediate)):
+        if size != -1 and inputs % size:
+            raise CheckpointError(
+                f"{prefix} ({kind} experts): groups of {size} do not divide {inputs} {what} inputs of this shard; "
+                "fewer shards or expert parallelism avoid it"
+            )

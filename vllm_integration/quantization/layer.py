@@ -1,0 +1,108 @@
+"""What the quantised layers of all formats share: where prepared tensors go, and how they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.scalar_type import scalar_types
+
+import gcu_compile.kernels.dequant_gemm  # noqa: F401  (defines the operations)
+from gcu_compile.errors import CheckpointError, GcuCompileError
+from gcu_compile.kernels.dequant_gemm import eager, formats
+from vllm_integration.quantization import progress
+
+ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
+# Layouts that the kernels of a device read: C++ on the CPU, Triton elsewhere.
+HOST, CARD = {4: "host_int4", 8: "host_int8"}, {4: "gptq_int4", 8: "int8_columns"}
+BITS = {scalar_types.uint4: 4, scalar_types.uint4b8: 4, scalar_types.uint8: 8, scalar_types.uint8b128: 8}
+TENSORS = ("weight", "scales", "zeros", "g_idx", "order")
+
+
+def target(weight: torch.Tensor, bits: int) -> str:
+    """The layout that the kernels of the weight's device read."""
+    return (HOST if weight.device.type == "cpu" else CARD)[bits]
+
+
+def name_of(layer: torch.nn.Module) -> str:
+    """For messages: where the layer stands in the model."""
+    return getattr(layer, "prefix", "") or type(layer).__name__
+
+
+def checked(load: Callable, name: str, kind: str) -> Callable:
+    """The weight loader `load` of a layer; a tensor that does not fit is an error that names layer and format."""
+
+    def loader(parameter, loaded, *args, **kwargs):
+        try:
+            return load(parameter, loaded, *args, **kwargs)
+        except GcuCompileError:
+            raise
+        except (AssertionError, IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{name} ({kind}): a tensor of {list(loaded.shape)} does not fit its place, {list(parameter.shape)} in "
+                "this process; truncated?"
+            ) from error
+
+    return loader
+
+
+def loader_of(layer: torch.nn.Module, given: Callable) -> Callable:
+    """The weight loader of a linear layer, or of a head: vLLM's for heads takes outputs to be a tensor's rows."""
+    if not isinstance(layer, ParallelLMHead):
+        return given
+
+    def load(parameter, loaded):
+        if getattr(parameter, "output_dim", None) != 1:
+            return given(parameter, loaded)
+        unit = parameter.packed_factor if getattr(parameter, "packed_dim", None) == 1 else 1
+        begin, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        if loaded.shape[1] * unit != layer.org_vocab_size:
+            raise RuntimeError("not the whole vocabulary")
+        parameter.data.zero_()
+        parameter.data[:, : (end - begin) // unit] = loaded[:, begin // unit : end // unit]
+
+    return load
+
+
+def put(layer: torch.nn.Module, linear: formats.Linear, drop: tuple[str, ...]) -> None:
+    """The prepared tensors as parameters of `layer`, those of the checkpoint removed."""
+    for name in drop:
+        layer._parameters.pop(name, None)
+    layer.gcu_layout = linear.layout
+    for name in TENSORS:
+        keep(layer, f"gcu_{name}", getattr(linear, name))
+    progress.done(name_of(layer))
+
+
+def keep(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """`value` as a parameter of `layer` that is not trained."""
+    layer.register_parameter(name, None if value is None else Parameter(value, requires_grad=False))
+
+
+def apply(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The weight-only layer on x [..., K]."""
+    if layer.gcu_order is not None:
+        x = x.index_select(-1, layer.gcu_order)
+    weight = (layer.gcu_weight, layer.gcu_scales, layer.gcu_zeros, layer.gcu_g_idx)
+    if not torch.compiler.is_compiling():
+        return torch.ops.gcu.dequant_gemm(x, *weight, bias, layout=layer.gcu_layout)
+    numbers = eager.dequantise(*weight, layer.gcu_layout, x.shape[-1])
+    return torch.nn.functional.linear(x, numbers.to(x.dtype), bias)
+
+
+def known_activations(layer: torch.nn.Module, scale: torch.Tensor | None, zero: torch.Tensor | None) -> None:
+    """Scale and zero of statically quantised activations, one each; None: they are quantised per token."""
+    keep(layer, "gcu_x_scale", scale)
+    keep(layer, "gcu_x_zero", zero)
+
+
+def apply_int8(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None, symmetric: bool) -> torch.Tensor:
+    """The layer with int8 weights and activations on x [..., K]."""
+    weight = (layer.gcu_weight, layer.gcu_scales)
+    known = {"bias": bias, "layout": layer.gcu_layout, "out_dtype": x.dtype}
+    if layer.gcu_x_scale is None and not symmetric:
+        codes, scales, zeros = torch.ops.gcu.quantize_per_token(x, 0, False)
+        return torch.ops.gcu.int8_gemm(codes, *weight, scales, zeros, **known)
+    return torch.ops.gcu.int8_gemm(x, *weight, layer.gcu_x_scale, layer.gcu_x_zero, **known)
