@@ -100,7 +100,7 @@ def quantize(
         for file in model.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and not (new / file.name).exists():
                 shutil.copy(file, new / file.name)
-        config["quantization_config"] = _scheme(form, size, any(EXPERT.search(name) for name in linears))
+        config["quantization_config"] = scheme(form, size, any(EXPERT.search(name) for name in linears))
         if cache:
             config["quantization_config"]["kv_cache_scheme"] = kv_cache.scheme(static=calibration is not None)
         (new / "config.json").write_text(json.dumps(config, indent=2))
@@ -209,7 +209,7 @@ def _layer(name: str, weight: torch.Tensor, form: Format, size: int | None):
     return stored, error
 
 
-def _scheme(form: Format, size: int | None, routers: bool) -> dict[str, Any]:
+def scheme(form: Format, size: int | None, routers: bool) -> dict[str, Any]:
     """`quantization_config` of compressed-tensors."""
     weights = {"num_bits": form.bits, "type": "int", "symmetric": True, "dynamic": False}
     weights |= {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}

@@ -5,23 +5,19 @@ import random
 import pytest
 import torch
 from engine import SMALL
-from quantised import FORMS, Form, load, logprobs, quantised_inputs, save
+from quantised import FORMS, load, logprobs, quantised_inputs, save
 from several import run
 from test_quantization import check_logprobs
 from tiny import LLAMA
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS, TOP = 4, 2
-CHOSEN = ("gptq int4", "gptq int8 v2 asymmetric", "awq int4", "w4a16 asymmetric", "w4a16", "w8a16", "w8a8")
+CHOSEN = ("gptq int4 asymmetric act-order", "gptq int8", "awq int4", "w4a16 asymmetric", "w8a16", "w8a8")
 
 
 def prompts():
     source = random.Random(2)
     return [[source.randrange(2, LLAMA["vocab_size"]) for _ in range(length)] for length in (2, 5, 23, 40)]
-
-
-def forms():
-    return {**FORMS, "gptq int8 v2 asymmetric": Form("gptq", bits=8, symmetric=False, v2=True)}
 
 
 def save_mixture(family: str, folder):
@@ -55,7 +51,7 @@ def save_mixture(family: str, folder):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2"])
 def test_logits_of_a_mixture(family, tmp_path):
     requests, expected, unquantised = [], {}, {}
-    chosen = {name: forms()[name] for name in CHOSEN}
+    chosen = {name: FORMS[name] for name in CHOSEN}
     for index, (name, form) in enumerate(chosen.items()):
         plain = save_mixture(family, tmp_path / f"plain{index}")
         unquantised[name] = logprobs(load(plain), prompts())

@@ -27,9 +27,9 @@ from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization import progress
 
 PARTS = ("w13", "w2")  # gate and up, one above the other; down
-SILU = torch.nn.functional.silu
+TENSORS = ("weight", "scales", "zeros", "g_idx")
 ACTIVATIONS = {
-    MoEActivation.SILU: SILU,
+    MoEActivation.SILU: torch.nn.functional.silu,
     MoEActivation.GELU: torch.nn.functional.gelu,
     MoEActivation.GELU_TANH: lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
 }
@@ -70,7 +70,7 @@ class Experts(FusedMoEMethodBase):
         """Stack the prepared experts; `linears` makes one at a time, so that one copy exists beside the stack."""
         stacks, count = {}, 0
         for index, linear in enumerate(linears):
-            for name in ("weight", "scales", "zeros"):
+            for name in TENSORS:
                 value = getattr(linear, name)
                 if value is None:
                     continue
@@ -85,7 +85,7 @@ class Experts(FusedMoEMethodBase):
         for name in drop:
             layer._parameters.pop(name, None)
         setattr(layer, f"gcu_{part}_layout", layout)
-        for name in ("weight", "scales", "zeros"):
+        for name in TENSORS:
             layers.keep(layer, f"gcu_{part}_{name}", stacks.get(name))
 
     def _bias(self, layer, part: str) -> torch.Tensor | None:
@@ -97,10 +97,9 @@ class Experts(FusedMoEMethodBase):
 
     def _product(self, layer, part: str, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """[rows, K] sorted by expert -> [rows, N]."""
-        weight, scales, zeros = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "zeros"))
-        layout = getattr(layer, f"gcu_{part}_layout")
-        bias = self._bias(layer, part)
-        return torch.ops.gcu.dequant_gemm_grouped(x, offsets, weight, scales, zeros, None, bias, layout=layout)
+        weight = (getattr(layer, f"gcu_{part}_{name}") for name in TENSORS)
+        layout, bias = getattr(layer, f"gcu_{part}_layout"), self._bias(layer, part)
+        return torch.ops.gcu.dequant_gemm_grouped(x, offsets, *weight, bias, layout=layout)
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden]."""
@@ -124,34 +123,57 @@ class Experts(FusedMoEMethodBase):
 
 
 class GPTQExperts(Experts, AutoGPTQMoEMethod):
-    """GPTQ int4 and int8; inputs in their own order (vLLM loads no g_idx of experts)."""
+    """GPTQ int4 and int8, any order of the inputs."""
 
     def __init__(self, quant_config, moe) -> None:
         super().__init__(moe)
         self.quant_config, self.input_dtype = quant_config, None
-        if quant_config.act_order:
-            raise UnsupportedFeatureError("GPTQ experts with desc_act: vLLM does not load their g_idx")
 
     def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
-        check_groups(self.prefix, "GPTQ", self.quant_config.group_size, hidden_size, intermediate_size_per_partition)
-        sizes = num_experts, hidden_size, intermediate_size_per_partition
+        config, sizes = self.quant_config, (num_experts, hidden_size, intermediate_size_per_partition)
+        check_groups(self.prefix, "GPTQ", config.group_size, hidden_size, intermediate_size_per_partition)
+        if config.act_order and self.moe.moe_parallel_config.tp_size > 1:
+            raise UnsupportedFeatureError(
+                f"{self.prefix}: GPTQ experts with desc_act in tensor parallel; use expert parallelism"
+            )
         super().create_weights(layer, *sizes, params_dtype=torch.float32, **extra)
+        for part, inputs in (("w13", hidden_size), ("w2", intermediate_size_per_partition)):
+            size = config.group_size if config.group_size != -1 else inputs
+            groups = (torch.arange(inputs, dtype=torch.int32) // size).repeat(num_experts, 1)
+            layers.keep(layer, f"{part}_g_idx", groups)
+            getattr(layer, f"{part}_g_idx").weight_loader = self._load_g_idx(layer)
+
+    def _load_g_idx(self, layer):
+        """The weight loader of g_idx, which vLLM has not."""
+        loaded = set()
+
+        def load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+            expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if expert < 0 or not self.quant_config.act_order:
+                return expert >= 0
+            groups = loaded_weight.to(param.dtype)
+            if (expert, shard_id == "w2") in loaded and not torch.equal(param.data[expert], groups):
+                raise CheckpointError(f"{self.prefix}.{expert_id} (GPTQ): gate and up have different g_idx")
+            param.data[expert] = groups
+            loaded.add((expert, shard_id == "w2"))
+            return True
+
+        return load
 
     def process_weights_after_loading(self, layer) -> None:
         bits = self.quant_config.quant_type.size_bits
         for part in PARTS:
-            names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros"))
-            weight, scales, qzeros = (getattr(layer, name).data for name in names)
+            names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros", "g_idx"))
+            weight, scales, qzeros, groups = (getattr(layer, name).data for name in names)
 
-            def one(expert, weight=weight, scales=scales, qzeros=qzeros, part=part):
-                zeros = None
+            def one(expert, weight=weight, scales=scales, qzeros=qzeros, groups=groups, part=part):
+                zeros, g_idx = None, groups[expert] if self.quant_config.act_order else None
                 if not self.quant_config.is_sym:
                     shape = scales[expert].shape
                     zeros = formats.packed_zeros(qzeros[expert], bits, *shape, self.quant_config.plus_one)
-                name, target = f"{self.prefix}.{expert}.{part}", layers.target(weight, bits)
-                layout = f"gptq_int{bits}"
-                kind = f"GPTQ int{bits}"
-                return formats.prepare(name, kind, layout, weight[expert], scales[expert], zeros, target=target)
+                name, kind, layout = f"{self.prefix}.{expert}.{part}", f"GPTQ int{bits}", f"gptq_int{bits}"
+                target, given = layers.target(weight, bits), (weight[expert], scales[expert], zeros, g_idx)
+                return formats.prepare(name, kind, layout, *given, target, sort=False)
 
             self._put(layer, part, map(one, range(layer.local_num_experts)), names)
         progress.done(self.prefix)

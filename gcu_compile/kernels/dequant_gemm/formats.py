@@ -34,6 +34,7 @@ def prepare(
     g_idx: torch.Tensor | None = None,
     target: str | None = None,
     inputs: int | None = None,
+    sort: bool = True,
 ) -> Linear:
     """Check a layer of a checkpoint and lay it out for a target.
 
@@ -44,6 +45,7 @@ def prepare(
         g_idx: [K], or None. One whose groups are of equal size is undone by sorting the inputs.
         target: the layout to make; None: as it is.
         inputs: K, where the stored weight is longer than that.
+        sort: undo a `g_idx` of equal groups by an order of the inputs; False: keep it.
 
     Raises:
         CheckpointError: sizes that do not fit, scales that are not finite, groups that do not exist.
@@ -69,7 +71,7 @@ def prepare(
     else:
         if g_idx.shape != (k,) or (k and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups):
             raise wrong(f"g_idx must be [{k}] with groups 0 .. {groups - 1}")
-        g_idx, order = _sorted(g_idx, groups)
+        g_idx, order = _sorted(g_idx, groups) if sort else (g_idx.to(torch.int32), None)
     new = layouts.get(target or layout)
     if order is not None or new is not form:
         weight = layouts.repack(weight, form, new, n, k, order)
