@@ -197,10 +197,12 @@ def quantised_inputs(form: Form, unlike: tuple[int, ...]) -> Iterator[None]:
 
 
 def load(folder: Path):
-    """transformers' model of an unquantised checkpoint, in float32."""
+    """transformers' model of an unquantised checkpoint, in float32; experts one by one, by `linear`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    mixture = "experts" in (folder / "config.json").read_text()
+    settings = {"experts_implementation": "eager"} if mixture else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
 
 
 def logprobs(model, prompts: list[list[int]]) -> list[list[float]]:

@@ -33,10 +33,10 @@ def save_mixture(family: str, folder):
         make = transformers.Qwen2MoeForCausalLM
     else:
         sizes = {"moe_intermediate_size": 64, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
-        heads = {"q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
+        heads = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
         routing = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
         common |= {"num_key_value_heads": 4}
-        config = transformers.DeepseekV2Config(**common, **sizes, **heads, v_head_dim=32, **routing)
+        config = transformers.DeepseekV2Config(**common, **sizes, **heads, v_head_dim=64, **routing)
         make = transformers.DeepseekV2ForCausalLM
     torch.manual_seed(0)
     model = make(config)

@@ -73,6 +73,9 @@ def put(layer: torch.nn.Module, linear: formats.Linear, drop: tuple[str, ...]) -
     layer.gcu_layout = linear.layout
     for name in TENSORS:
         keep(layer, f"gcu_{name}", getattr(linear, name))
+    if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+        # Latent attention absorbs this projection: vLLM applies it to an identity, and looks up a device by this name.
+        layer.weight_packed = layer.gcu_weight
     progress.done(name_of(layer))
 
 
