@@ -14,6 +14,7 @@ from test_quantization import check_logprobs
 from tiny import LLAMA, save_llama, save_tokenizer
 
 from gcu_compile.errors import CheckpointError
+from gcu_compile.kernels.tolerance import tolerance
 from gcu_compile.quantize import quantize
 from gcu_compile.quantize.rounding import FORMATS, to_nearest
 
@@ -106,3 +107,28 @@ def test_a_name_that_is_not_the_checkpoints(tmp_path):
     assert get_quantization_config("w8a16").override_quantization_method(gptq, "w8a16") == "w8a16"
     with pytest.raises(CheckpointError, match="the checkpoint is fp8"):
         get_quantization_config("w8a8").override_quantization_method({"quant_method": "fp8"}, "w8a8")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_float_layer_is_rounded_at_load(name, of):
+    """Whole, and its outputs cut for two ranks."""
+    import layers
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import vllm_integration
+
+    vllm_integration.register()
+    weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(0)) / 16
+    x, form = torch.randn(5, 256), Stored("compressed", activations=ACTIVATIONS[name])
+    codes, scales = to_nearest(weight, FORMATS[name].bits, FORMATS[name].group_size(256))
+    numbers = (codes.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(192, 256)
+    found = []
+    for rank in range(of):
+        with layers.shard(rank, of):
+            layer = layers.make("column", get_quantization_config(name)(), "model.layers.0.mlp.up_proj", 256, 192)
+            layers.fill(layer, {"up_proj.weight": weight}, "up_proj")
+            found.append(layers.apply(layers.ready(layer), x))
+        assert not hasattr(layer, "weight")
+    expected = form.inputs(x, (0.0, 0.0)).double() @ numbers.double().T
+    torch.testing.assert_close(torch.cat(found, -1).double(), expected, **tolerance(torch.float32, 256))
