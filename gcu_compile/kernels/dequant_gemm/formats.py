@@ -8,7 +8,6 @@ import torch
 
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import pages
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,6 @@ def prepare(
     new = layouts.get(target or layout)
     if order is not None or new is not form:
         weight = layouts.repack(weight, form, new, n, k, order)
-    if new.tile:  # a layout of the host's kernels
-        weight = pages.huge(weight)
     if zeros is not None and new.midpoint != form.midpoint:
         zeros = zeros + (new.midpoint - form.midpoint)
     return Linear(new.name, weight, _smallest(scales.contiguous()), zeros, g_idx, order)

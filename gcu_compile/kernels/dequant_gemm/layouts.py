@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from gcu_compile.errors import InvalidInputError, UnknownNameError
+from gcu_compile.kernels.host import pages
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def repack(
     words = _words(stored, old, k) if order is None else None
     if words is not None and _same_words(old, new) and new.rows == "k" and new.tile:
         whole = words.shape[1] // new.tile * new.tile
-        moved = words.new_empty(new.shape(n, k))
+        moved = _room(new, n, k, words.device)
         moved[: whole // new.tile] = words[:, :whole].unflatten(1, (-1, new.tile)).movedim(1, 0)
         if whole < n:
             moved[-1] = torch.nn.functional.pad(words[:, whole:], (0, -n % new.tile))
@@ -185,7 +186,7 @@ def repack(
             if whole < n:
                 moved[-1, :, n - whole :] = 0
         return moved
-    moved = torch.empty(new.shape(n, k), dtype=new.word, device=stored.device)
+    moved = _room(new, n, k, stored.device)
 
     def move(begin: int, end: int) -> None:
         codes = unpack(_outputs(stored, old, begin, end), old, end - begin, k)
@@ -201,13 +202,20 @@ def repack(
 def pack_blocks(codes: torch.Tensor, new: Layout) -> torch.Tensor:
     """`pack` of codes [N, K] around 0, some outputs at a time; they are moved to the midpoint of `new`."""
     n, k = codes.shape
-    stored = torch.empty(new.shape(n, k), dtype=new.word, device=codes.device)
+    stored = _room(new, n, k, codes.device)
 
     def store(begin: int, end: int) -> None:
         _outputs(stored, new, begin, end).copy_(pack(codes[begin:end] + new.midpoint, new))
 
     _in_blocks(store, n, k)
     return stored
+
+
+def _room(layout: Layout, n: int, k: int, device: torch.device) -> torch.Tensor:
+    """Where codes [n, k] go; the host's kernels read theirs faster from large pages."""
+    if layout.tile and device.type == "cpu":
+        return pages.empty(layout.shape(n, k), layout.word)
+    return torch.empty(layout.shape(n, k), dtype=layout.word, device=device)
 
 
 def _in_blocks(work: Callable[[int, int], None], n: int, k: int) -> None:

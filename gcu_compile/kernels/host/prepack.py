@@ -13,7 +13,6 @@ import weakref
 import torch
 
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import pages
 
 NATIVE = {4: "host_int4", 8: "host_int8"}
 # id of a tensor -> (weak reference to it, its version, layout, the copy)
@@ -40,7 +39,7 @@ def native(weight: torch.Tensor, layout: str, n: int, k: int) -> torch.Tensor:
     found = _kept.get(id(weight))
     if found is not None and found[0]() is weight and found[1:3] == (weight._version, layout):
         return found[3]
-    copy = pages.huge(layouts.repack(weight.detach(), form, new, n, k))
+    copy = layouts.repack(weight.detach(), form, new, n, k)
     key = id(weight)
     _kept[key] = (weakref.ref(weight, lambda _: _kept.pop(key, None)), weight._version, layout, copy)
     return copy
