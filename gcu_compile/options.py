@@ -83,7 +83,7 @@ class Options:
     )
     attention: str = _option(
         "auto",
-        "vLLM on the host: whose attention serves caches that both can read; auto takes ours for wide models.",
+        "vLLM on the host: whose attention serves caches that both can read; auto takes ours.",
         choices=("auto", "gcu", "vllm"),
         changes_code=True,
     )

@@ -17,9 +17,6 @@ from gcu_compile.targets.select import check_target
 from vllm_integration import ATTENTION, MLA, behaviours, compilation, versions
 from vllm_integration.quantization import cache
 
-# Query heads x head size from which our attention is the default. A call of ours costs some 0.1 ms more than one of
-# vLLM's: a fifth of SmolLM2-135M's decode speed (9 x 64), and little beside a layer of Llama-1B's width (32 x 64).
-WIDE = 2048
 # What vLLM's CPU platform changes for models of latent attention, whose own kernel needs it; ours does not.
 MLA_KEEPS = (
     ("cache_config", "block_size"),
@@ -36,8 +33,8 @@ def report_attention(backend: str, why: str) -> None:
 
 
 class GcuHostPlatform(CpuPlatform):
-    """Target `host` in vLLM. The graph is compiled in pieces, split at attention and at the KV write: layers are
-    alike, so that Inductor compiles one piece and finds the others in its cache. Against one whole graph that
+    """Target `host` in vLLM. The graph is compiled in pieces, split at attention, which writes the cache too: layers
+    are alike, so that Inductor compiles one piece and finds the others in its cache. Against one whole graph that
     halves a cold start and costs no decode speed (docs/architecture.md has the figures)."""
 
     simple_compile_backend = "inductor"
@@ -52,8 +49,8 @@ class GcuHostPlatform(CpuPlatform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-        """Our backend; vLLM's own where the user names it, for narrow models (option `attention`), and for fp8 caches
-        and sparse attention, which ours do not read. The choice is logged once, with its reason."""
+        """Our backend; vLLM's own where the user names it or option `attention` says so, and for fp8 caches and sparse
+        attention, which ours do not read. The choice is logged once, with its reason."""
         asked = attn_selector_config
         ours = MLA if asked.use_mla else ATTENTION
         name = versions.register_attention(*ours)
@@ -70,19 +67,13 @@ class GcuHostPlatform(CpuPlatform):
         return path
 
     @classmethod
-    def prefers_ours(cls, mla: bool, config=None) -> bool:
+    def prefers_ours(cls, mla: bool) -> bool:
         """Whether a cache that both backends read is served by ours: what option `attention` says. For latent
         attention vLLM has a kernel that is more than a reference only with AMX."""
-        from vllm.config import get_current_vllm_config
-
         said = resolve().attention
         if said != "auto":
             return said == "gcu"
-        if mla:
-            return not torch.cpu._is_amx_tile_supported()
-        config = config or get_current_vllm_config()
-        heads = config.model_config.get_num_attention_heads(config.parallel_config)
-        return heads * config.model_config.get_head_size() >= WIDE
+        return not (mla and torch.cpu._is_amx_tile_supported())
 
     @classmethod
     def mla_is_ours(cls, vllm_config) -> bool:
@@ -90,7 +81,7 @@ class GcuHostPlatform(CpuPlatform):
         model, asked = vllm_config.model_config, vllm_config.attention_config.backend
         if model is None or not model.use_mla or model.hf_config.model_type == "deepseek_v4":
             return False
-        return cls.prefers_ours(True, vllm_config) if asked is None else asked.name == versions.register_attention(*MLA)
+        return cls.prefers_ours(True) if asked is None else asked.name == versions.register_attention(*MLA)
 
     @classmethod
     def pre_register_and_update(cls, parser=None) -> None:
