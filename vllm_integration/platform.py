@@ -14,7 +14,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
-from vllm_integration import ATTENTION, MLA, behaviours, compilation, versions
+from vllm_integration import ATTENTION, MLA, behaviours, compilation, cores, versions
 from vllm_integration.quantization import cache
 
 # What vLLM's CPU platform changes for models of latent attention, whose own kernel needs it; ours does not.
@@ -107,6 +107,7 @@ class GcuHostPlatform(CpuPlatform):
         config = vllm_config.compilation_config
         asked_mode, asked_backend = config.mode, config.backend
         asked_async = vllm_config.scheduler_config.async_scheduling
+        executor = vllm_config.parallel_config.distributed_executor_backend
         torch_wrap = config.ir_enable_torch_wrap
         cache.choose(vllm_config)
         if vllm_config.parallel_config.worker_cls == "auto":
@@ -120,6 +121,7 @@ class GcuHostPlatform(CpuPlatform):
             mla.cache_config.block_size = 128  # vLLM's default for every other model on this platform
         if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
             compilation.rotate_in_plain_torch(config)
+        cores.keep_in_process(executor, vllm_config.parallel_config)
         if asked_async:
             behaviours.log.warning("async_scheduling is not available on target host; it stays off.")
         traced_once = config.mode == CompilationMode.DYNAMO_TRACE_ONCE

@@ -5,16 +5,21 @@ from __future__ import annotations
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.options import resolve
+from vllm_integration import cores
 from vllm_integration.behaviours import log
 from vllm_integration.rejection_sampler import GcuRejectionSampler
 from vllm_integration.reports import keep_or_recall
 from vllm_integration.sampler import GcuSampler
+
+WARM_UP_TOKENS = 512
 
 
 class GcuHostWorker(CPUWorker):
     """vLLM's `CPUWorker`; everything but post-processing is vLLM's own."""
 
     def init_device(self) -> None:
+        if cores.in_process(self.parallel_config):
+            cores.bind(self.vllm_config)
         super().init_device()
         options = resolve()
         if options.shadow != "off":
@@ -30,6 +35,17 @@ class GcuHostWorker(CPUWorker):
         )
         if hasattr(runner, "rejection_sampler"):  # speculative decoding
             runner.rejection_sampler = GcuRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
+
+    def determine_available_memory(self) -> int:
+        """With the cache's size given, the first run has nothing to measure: it only compiles, and a short one does."""
+        runner = self.model_runner
+        longest = runner.max_num_tokens
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            runner.max_num_tokens = min(longest, WARM_UP_TOKENS)
+        try:
+            return super().determine_available_memory()
+        finally:
+            runner.max_num_tokens = longest
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()

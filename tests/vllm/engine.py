@@ -8,6 +8,7 @@ A spawned child imports this file again, so everything stands behind the `__main
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def run(folder: Path, request: dict, timeout: float = 400, **environ: str) -> di
 
 def probe_worker(worker) -> dict:
     """What holds inside a worker process."""
+    import torch
     from vllm import envs
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.v1.engine import core
@@ -50,6 +52,9 @@ def probe_worker(worker) -> dict:
 
     return {
         "pid": os.getpid(),
+        "process": multiprocessing.current_process().name,
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0)),
         "start_method": envs.VLLM_WORKER_MULTIPROC_METHOD,
         "usage_stats": not (envs.VLLM_NO_USAGE_STATS or envs.VLLM_DO_NOT_TRACK),
         "error_dump": core.dump_engine_exception.__module__,

@@ -23,14 +23,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def defaults(model, tmp_path_factory):
-    """A running engine with the defaults, asked in its own process and inside its workers."""
-    request = {"llm": {"model": model, **SMALL, "enforce_eager": True}, "probe": True}
+    """A running engine with the defaults, asked in its own process and inside a worker process."""
+    words = {"enforce_eager": True, "distributed_executor_backend": "mp"}
+    request = {"llm": {"model": model, **SMALL, **words}, "probe": True}
     return run(tmp_path_factory.mktemp("defaults"), request)
 
 
 @pytest.fixture(scope="module")
 def overridden(model, tmp_path_factory):
-    """The same engine with the user's word against behaviours 1, 5 and 7."""
+    """An engine that holds its worker, with the user's word against behaviours 1, 5 and 7."""
     words = {"enforce_eager": True, "enable_chunked_prefill": False, "disable_log_stats": False}
     request = {"llm": {"model": model, **SMALL, **words}, "probe": True}
     environ = {"GCU_COMPILE_DUMP_ON_ERROR": "1", "VLLM_NO_USAGE_STATS": "0"}
@@ -90,6 +91,17 @@ def test_fork_is_refused(model, tmp_path):
     reply = run(tmp_path, request, VLLM_WORKER_MULTIPROC_METHOD="fork")
     assert "VLLM_WORKER_MULTIPROC_METHOD=fork is not supported" in reply["error"]
     assert "'spawn'" in reply["error"]
+
+
+def test_lone_worker_computes_in_the_engines_process_and_on_every_core(defaults, overridden):
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    (inside,), (outside,) = overridden["workers"], defaults["workers"]
+    assert inside["process"] == "EngineCore" and outside["process"] != "EngineCore", overridden["log"]
+    assert inside["pid"] != overridden["pid"]
+    allowed = get_allowed_cpu_list()
+    node = [core for core in allowed if core.numa_node == allowed[0].numa_node]
+    assert inside["threads"] == len(inside["cores"]) == len({core.physical_core for core in node})
 
 
 # (4) original precision

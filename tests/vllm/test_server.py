@@ -22,7 +22,7 @@ CLIENTS, REQUESTS, TOKENS = 32, 64, 12
 class Server:
     """A `vllm serve` process and its address."""
 
-    def __init__(self, model: Path, folder: Path):
+    def __init__(self, model: Path, folder: Path, *more: str):
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ class Server:
         env = {**os.environ, "VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
         words = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
         words += ["--host", "127.0.0.1", "--max-model-len", "128", "--max-num-seqs", "32", "--dtype", "float32"]
-        words += ["--enforce-eager"]
+        words += ["--enforce-eager", *more]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=env)
         self.wait()
@@ -127,7 +127,7 @@ def test_sigterm_ends_cleanly(server):
 
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_killed_process_ends_the_server_with_an_error(victim, model, tmp_path):
-    server = Server(model, tmp_path)
+    server = Server(model, tmp_path, "--distributed-executor-backend", "uni" if victim == "EngineCore" else "mp")
     try:
         children = server.children()
         named = {child: " ".join([child.name(), *child.cmdline()]) for child in children}
