@@ -8,7 +8,6 @@ A spawned child imports this file again, so everything stands behind the `__main
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def probe_worker(worker) -> dict:
 
     return {
         "pid": os.getpid(),
-        "process": multiprocessing.current_process().name,
+        "parent": os.getppid(),
         "threads": torch.get_num_threads(),
         "cores": sorted(os.sched_getaffinity(0)),
         "start_method": envs.VLLM_WORKER_MULTIPROC_METHOD,

@@ -97,8 +97,8 @@ def test_lone_worker_computes_in_the_engines_process_and_on_every_core(defaults,
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
     (inside,), (outside,) = overridden["workers"], defaults["workers"]
-    assert inside["process"] == "EngineCore" and outside["process"] != "EngineCore", overridden["log"]
-    assert inside["pid"] != overridden["pid"]
+    assert inside["parent"] == overridden["pid"], overridden["log"]
+    assert outside["parent"] != defaults["pid"], defaults["log"]
     allowed = get_allowed_cpu_list()
     node = [core for core in allowed if core.numa_node == allowed[0].numa_node]
     assert inside["threads"] == len(inside["cores"]) == len({core.physical_core for core in node})
