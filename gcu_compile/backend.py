@@ -25,6 +25,8 @@ from gcu_compile.recording import Recording
 from gcu_compile.targets.profile import PROFILES
 from gcu_compile.targets.select import TARGETS, check_target, target_of
 
+torch_private.remember_isa_probes()
+
 # Reports of the graphs compiled in this process, oldest first; a graph found in the cache has the report of the
 # compilation that made it.
 reports: list[GraphReport] = []

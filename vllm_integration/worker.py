@@ -7,6 +7,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from gcu_compile.options import resolve
 from vllm_integration import cores
 from vllm_integration.behaviours import log
+from vllm_integration.lazy_memory import LazyZeros
 from vllm_integration.rejection_sampler import GcuRejectionSampler
 from vllm_integration.reports import keep_or_recall
 from vllm_integration.sampler import GcuSampler
@@ -46,6 +47,10 @@ class GcuHostWorker(CPUWorker):
             return super().determine_available_memory()
         finally:
             runner.max_num_tokens = longest
+
+    def initialize_from_config(self, kv_cache_config) -> None:
+        with LazyZeros():
+            super().initialize_from_config(kv_cache_config)
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()

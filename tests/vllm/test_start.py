@@ -1,0 +1,38 @@
+"""What makes a start short on target `host`: memory that comes when it is touched."""
+
+import psutil
+import pytest
+import torch
+
+pytestmark = pytest.mark.vllm
+SIZE = 256 << 20
+
+
+def test_cache_memory_is_zero_writable_and_resident_only_where_touched():
+    from vllm_integration.lazy_memory import LazyZeros
+
+    before = psutil.Process().memory_info().rss
+    with LazyZeros():
+        memory = torch.zeros(SIZE, dtype=torch.int8, device=torch.device("cpu"))
+    assert psutil.Process().memory_info().rss - before < SIZE // 4
+    assert memory.shape == (SIZE,) and memory.data_ptr() % 64 == 0
+    view = memory.view(torch.float32).view(1024, -1)
+    assert view[17].abs().max() == 0
+    view[17] = 3.0
+    assert view[17].sum() == 3 * view.shape[1] and view[16].abs().max() == 0
+    assert memory[-1] == 0
+
+
+def test_other_zeros_stay_torchs_own():
+    from vllm_integration.lazy_memory import SMALLEST_BYTES, LazyZeros, zeros
+
+    with LazyZeros():
+        small = torch.zeros(8, dtype=torch.int8)
+        other = torch.zeros(SMALLEST_BYTES // 4, dtype=torch.float32)
+        out = torch.zeros((2, 3), dtype=torch.int8, out=torch.ones(2, 3, dtype=torch.int8))
+        meta = torch.zeros(SMALLEST_BYTES, dtype=torch.int8, device="meta")
+        shaped = torch.zeros((4, SMALLEST_BYTES), dtype=torch.int8)
+    assert small.sum() == 0 and other.dtype == torch.float32 and out.abs().max() == 0 and meta.device.type == "meta"
+    assert shaped.shape == (4, SMALLEST_BYTES)
+    kept = zeros(SMALLEST_BYTES)[5:]  # a view keeps the mapping alive
+    assert kept.fill_(1).sum(dtype=torch.int64) == SMALLEST_BYTES - 5
