@@ -185,6 +185,9 @@ class GcuAttentionImpl(AttentionImpl):
         """What of the layer stays from step to step, made once for a cache."""
         if kv_cache is not self._cache or kv_cache.data_ptr() != self._address or query.dtype is not self._layer.dtype:
             views = pages(kv_cache, layer.head_size, layer.head_size_v)
+            stored = getattr(layer, "gcu_kv_scales", None)  # of the checkpoint, in the place of calculated ones
+            if stored is not None:
+                views = {"k_cache": views["k_cache"], "v_cache": views["v_cache"], **stored}
             self._layer = Layer(query.dtype, self.num_heads, **views, **self.settings)
             self._cache, self._address = kv_cache, kv_cache.data_ptr()
         return self._layer

@@ -18,20 +18,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from gcu_compile.errors import UnsupportedFeatureError
-from vllm_integration.behaviours import KV_CACHE_DTYPES
+from vllm_integration import vllm_private
+from vllm_integration.behaviours import KV_CACHE_DTYPES, is_int8
 
 STRATEGIES = ("tensor", "attn_head")
-
-
-def is_int8(scheme: dict | None) -> bool:
-    """Whether a checkpoint's `kv_cache_scheme` is one of 8-bit integers."""
-    return bool(scheme) and scheme.get("type") == "int" and scheme.get("num_bits") == 8
-
-
-def scheme_of(model_config) -> dict | None:
-    """The `kv_cache_scheme` that a model's configuration declares."""
-    quantised = getattr(getattr(model_config, "hf_config", None), "quantization_config", None)
-    return quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
 
 
 class CompressedConfig(CompressedTensorsConfig):
@@ -50,6 +40,8 @@ class Int8KVCacheMethod(CompressedTensorsKVCacheMethod):
     @staticmethod
     def validate_kv_cache_scheme(kv_cache_scheme) -> None:
         strategy = kv_cache_scheme.get("strategy")
+        if strategy == "attn_head" and not kv_cache_scheme.get("symmetric", True):
+            raise UnsupportedFeatureError("int8 kv_cache_scheme with a zero point per head: expected symmetric ones")
         if strategy not in STRATEGIES:
             raise UnsupportedFeatureError(
                 f"int8 kv_cache_scheme with strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}"
@@ -68,3 +60,8 @@ class Int8KVCacheMethod(CompressedTensorsKVCacheMethod):
         super().process_weights_after_loading(layer)
         if layer.kv_cache_dtype == KV_CACHE_DTYPES["int8"]:
             layer.gcu_kv_scales = found
+
+
+def install() -> None:
+    """Put our configuration in place of vLLM's. Idempotent."""
+    vllm_private.replace_quantization_configs({"compressed-tensors": CompressedConfig})

@@ -30,7 +30,7 @@ def image(rows: int, columns: int) -> numpy.ndarray:
 class NoVideos(dict):
     """In the place of a video processor; a dictionary, for processors print themselves as JSON."""
 
-    model_input_names = ()
+    model_input_names, valid_kwargs = (), dict  # no keyword arguments of its own
 
 
 def without_torchvision() -> None:

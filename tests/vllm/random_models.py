@@ -79,3 +79,32 @@ def expected(folder, given=None):
             scores = model(ids).logits[0, :-1].log_softmax(-1)
             logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
     return {"tokens": tokens, "logprobs": logprobs}
+
+
+def declare_int8_cache(folder, strategy):
+    """Let the Llama in `folder` be a compressed-tensors checkpoint whose only quantised part is its KV cache.
+
+    Scales are calibrated on `prompts()`: one per layer (`tensor`), or per KV head (`attn_head`), as llm-compressor
+    stores them.
+    """
+    import json
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    weights, file = load_file(folder / "model.safetensors"), folder / "config.json"
+    with torch.no_grad():
+        caches = [model(torch.tensor([ids]), use_cache=True).past_key_values for ids in prompts()]
+    for i in range(model.config.num_hidden_layers):
+        for name, part in (("k", "keys"), ("v", "values")):
+            largest = torch.stack([getattr(c.layers[i], part).abs().amax((0, 2, 3)) for c in caches]).amax(0) / 127
+            stored = largest.max().view(1) if strategy == "tensor" else largest.view(-1, 1, 1)
+            weights[f"model.layers.{i}.self_attn.{name}_scale"] = stored.contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": 8, "type": "int", "strategy": strategy, "symmetric": True, "dynamic": False}
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+                                     "ignore": [], "kv_cache_scheme": scheme}  # fmt: skip
+    file.write_text(json.dumps(config))
+    return folder

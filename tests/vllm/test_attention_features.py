@@ -15,7 +15,7 @@ from other_models import (
     save_whisper,
     whisper_says,
 )
-from random_models import GQA, LATENT, TOKENS, expected, prompts, save
+from random_models import GQA, LATENT, TOKENS, declare_int8_cache, expected, prompts, save
 from several import run
 
 pytestmark = pytest.mark.vllm
@@ -85,7 +85,7 @@ def test_encoder_and_decoder(tmp_path):
     llm = {**LLM, "model": str(model), "skip_tokenizer_init": False, "max_model_len": 64}
     (reply,) = run(tmp_path / "run", [{"llm": llm, "prompts": asked, "sampling": SAMPLING}], **ENGINE)
     assert reply["tokens"] == whisper_says(model, asked)
-    ran(reply, "attention", "paged_attention", "write_kv")
+    ran(reply, "paged_attention", "write_kv")  # vLLM gives the encoder its own attention
 
 
 @pytest.mark.slow
@@ -125,3 +125,17 @@ def test_vllm_own_backend_by_name(tmp_path):
     assert reply["tokens"] == expected(model)["tokens"]
     assert not any(call.startswith("paged_attention") for call in reply["worker"]["calls"])
     assert "Attention: CPUAttentionBackend (attention backend CPU_ATTN is asked for)." in reply["log"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_int8_cache_with_the_scales_of_the_checkpoint(strategy, tmp_path):
+    """The checkpoint declares the cache; its scales come from a calibration, not from the tokens of the step."""
+    model = save(tmp_path / "model", "LlamaConfig", GQA)
+    theirs = expected(model)
+    declare_int8_cache(model, strategy)
+    sampling = {**SAMPLING, "prompt_logprobs": 0}
+    request = {"llm": {**LLM, "model": str(model)}, "prompts": prompts(), "sampling": sampling}
+    (reply,) = run(tmp_path / "run", [request], **ENGINE)
+    assert 1e-3 < far(reply["logprobs"], theirs["logprobs"]) < 0.25  # the rounding of a cache, no more and no less
+    ran(reply, "paged_attention", "write_kv")

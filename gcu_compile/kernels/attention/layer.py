@@ -62,13 +62,18 @@ class Layer:
         dtype, heads: of the queries.
         k_cache, v_cache: as for `gcu::paged_attention`; they and the scales are held as long as the layer lives.
         k_scale_cache, v_scale_cache: of int8 caches: read by `attend`, written by `write`.
+        k_scale, v_scale, k_zero_point, v_zero_point: instead of those, for scales that stay as they are.
         settings: the keyword arguments of `gcu::paged_attention` but `causal`, and alibi_slopes and sinks.
     """
 
-    def __init__(self, dtype, heads, k_cache, v_cache, k_scale_cache=None, v_scale_cache=None, **settings):
+    def __init__(self, dtype, heads, k_cache, v_cache, k_scale_cache=None, v_scale_cache=None, k_scale=None,
+                 v_scale=None, k_zero_point=None, v_zero_point=None, **settings):  # fmt: skip
         self.caches = {"k_cache": k_cache, "v_cache": v_cache}
-        self.written = self.caches | {"k_scale_cache": k_scale_cache, "v_scale_cache": v_scale_cache}
-        self.settings = {"k_scale": k_scale_cache, "v_scale": v_scale_cache, **settings}
+        fixed = {"k_scale": k_scale, "v_scale": v_scale, "k_zero_point": k_zero_point, "v_zero_point": v_zero_point}
+        self.written = self.caches | fixed | {"k_scale_cache": k_scale_cache, "v_scale_cache": v_scale_cache}
+        self.settings = {**fixed, **settings}
+        if k_scale_cache is not None:
+            self.settings |= {"k_scale": k_scale_cache, "v_scale": v_scale_cache}
         self.dtype = dtype
         _, kv_heads, _, size = k_cache.shape
         v_size = v_cache.shape[3]
@@ -93,9 +98,7 @@ class Layer:
                     copy = torch.empty(heads, dtype=torch.float32)
                     self._copies.append((copy, given[name]))
                     given[name] = copy
-            fields, held = host.paged_fields(
-                self.dtype, heads, k_zero_point=None, v_zero_point=None, **self.caches, **given
-            )
+            fields, held = host.paged_fields(self.dtype, heads, **self.caches, **given)
             self._attend, self._held = host.FIELDS.kept(fields), held
         if host_write.refuses(k, self.caches["k_cache"]) is None:
             fields, held = host_write.write_fields(self.dtype, **self.written)

@@ -18,7 +18,8 @@ def batch(lens=MIXED, dtype=torch.bfloat16, cache="float", **more):
 
 
 def layer(a, **settings):
-    scales = {f"{n}_scale_cache": a[f"{n}_scale"] for n in "kv" if f"{n}_scale" in a}
+    names = [n for n in ("k_scale", "v_scale", "k_zero_point", "v_zero_point") if n in a]
+    scales = {f"{n}_cache" if n.endswith("scale") and a[n].dim() == 3 else n: a[n] for n in names}
     return Layer(a["q"].dtype, HEADS, a["k_cache"], a["v_cache"], scale=a["scale"], **scales, **settings)
 
 
@@ -44,9 +45,9 @@ def keys(a, tokens, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("cache", ["float", "token_head"])
+@pytest.mark.parametrize("cache", ["float", "token_head", "tensor", "head"])
 def test_attend_is_the_operation(dtype, cache):
-    a = batch(dtype=dtype, cache=cache, padding=3)
+    a = batch(dtype=dtype, cache=cache, padding=3, zero=cache == "head")
     more = {"window": 40, "soft_cap": 3.0, "alibi_slopes": torch.rand(HEADS), "sinks": torch.randn(HEADS).bfloat16()}
     for settings in ({}, more):
         expected, before = torch.ops.gcu.paged_attention(**a, **settings), ran("paged_attention")
@@ -55,18 +56,20 @@ def test_attend_is_the_operation(dtype, cache):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cache", ["float", "token_head"])
+@pytest.mark.parametrize("cache", ["float", "token_head", "tensor", "head"])
 def test_write_is_the_operation(dtype, cache):
-    a, b = batch(dtype=dtype, cache=cache), batch(dtype=dtype, cache=cache)
+    a, b = (batch(dtype=dtype, cache=cache, zero=cache == "head") for _ in "ab")
     k, v, slots = keys(a, 9)
-    scales = {f"{n}_scale_cache": b[f"{n}_scale"] for n in "kv" if f"{n}_scale" in b}
+    kept = "_cache" if cache == "token_head" else ""
+    scales = {f"{n}_scale{kept}": b[f"{n}_scale"] for n in "kv" if f"{n}_scale" in b}
+    scales |= {f"{n}_zero_point": b[f"{n}_zero_point"] for n in "kv" if cache == "head"}
     torch.ops.gcu.write_kv(k[:9], v[:9], slots, b["k_cache"], b["v_cache"], **scales)
     before = ran("write_kv")
     layer(a).write(k, v, Step(*(a[name] for name in TABLES), slots))
     assert ran("write_kv") == before + (dtype != torch.float64)
     written = [name for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in a]
     assert all(torch.equal(a[name], b[name]) for name in written)
-    assert not torch.equal(a["k_cache"], batch(dtype=dtype, cache=cache)["k_cache"])
+    assert not torch.equal(a["k_cache"], batch(dtype=dtype, cache=cache, zero=cache == "head")["k_cache"])
 
 
 def test_nothing_of_one_step_is_left_in_the_next():
