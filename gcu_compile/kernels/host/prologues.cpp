@@ -22,13 +22,14 @@ struct Arguments {
 
 namespace {
 
+typedef uint16_t Half __attribute__((vector_size(LANES * 2)));
+
 // `count` (at most LANES) elements from `at` on, zeros behind them.
 template <int32_t DTYPE>
 inline vf read(const void* p, int64_t at, int64_t count) {
   if (count >= LANES) {
     if constexpr (DTYPE == F32) return load<vf>(static_cast<const float*>(p) + at);
     if constexpr (DTYPE == BF16) {
-      typedef uint16_t Half __attribute__((vector_size(LANES * 2)));
       return std::bit_cast<vf>(__builtin_convertvector(load<Half>(static_cast<const uint16_t*>(p) + at), vu) << 16);
     }
     count = LANES;
@@ -43,12 +44,18 @@ inline vf read(const void* p, int64_t at, int64_t count) {
 
 template <int32_t DTYPE>
 inline void write(vf x, void* p, int64_t at, int64_t count) {
+  if (count >= LANES) {
+    if constexpr (DTYPE == F32) return store(static_cast<float*>(p) + at, x);
+    if constexpr (DTYPE == BF16) {  // to_bf16 of every lane
+      vu bits = std::bit_cast<vu>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      rounded = x == x ? rounded : vu{} + 0x7fc0;
+      return store(static_cast<uint16_t*>(p) + at, __builtin_convertvector(rounded, Half));
+    }
+    count = LANES;
+  }
   alignas(64) float values[LANES];
   store(values, x);
-  if (count >= LANES)
-    from_floats(values, LANES, p, DTYPE, at);
-  else
-    from_floats(values, int(count), p, DTYPE, at);
+  from_floats(values, int(count), p, DTYPE, at);
 }
 
 inline float largest_lane(vi bits) {
@@ -65,20 +72,19 @@ inline vi later(vi most, vf x) {  // the larger magnitudes, as bits: NaN is abov
 // s = x + residual, its norm in `row`; the largest magnitude.
 template <int32_t DTYPE>
 float norm(const Arguments& in, int64_t r, const float* weight, float* row) {
-  vf squares[2] = {};
-  for (int64_t at = 0, i = 0; at < in.size; at += LANES, ++i) {
+  vf squares = {};
+  for (int64_t at = 0; at < in.size; at += LANES) {
     int64_t left = in.size - at;
     vf s = read<DTYPE>(in.x, r * in.x_stride + at, left);
     if (in.other) {
       s += read<DTYPE>(in.other, r * in.other_stride + at, left);
       write<DTYPE>(s, in.residual_out, r * in.size + at, left);
     }
-    squares[i & 1] = fma(s, s, squares[i & 1]);
+    squares = fma(s, s, squares);
     store(row + at, s);
   }
-  squares[0] += squares[1];
   double sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += squares[0][i];
+  for (int i = 0; i < LANES; ++i) sum += squares[i];
   float factor = float(1.0 / std::sqrt(sum / double(in.size) + in.eps));
   vi most = {};
   for (int64_t at = 0; at < in.size; at += LANES) {
@@ -96,7 +102,7 @@ float gated(const Arguments& in, int64_t r, const float*, float* row) {
   for (int64_t at = 0; at < in.size; at += LANES) {
     int64_t left = in.size - at;
     vf gate = read<DTYPE>(in.x, r * in.x_stride + at, left);
-    vf small = exp_negative<vf, vi>(gate > 0.0f ? -gate : gate);  // exp(-|gate|)
+    vf small = exp_negative(gate > 0.0f ? -gate : gate);  // exp(-|gate|)
     vf y = (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * read<DTYPE>(in.other, r * in.other_stride + at, left);
     store(row + at, y);
     most = later(most, y);

@@ -51,9 +51,14 @@ inline void quantize_known(const float* x, int64_t count, float scale, int32_t z
       if (any(magnitude(near - whole) > 0.4995f)) [[unlikely]]
         whole = round_even(bounded(value / scale));
       vi code = __builtin_convertvector(whole, vi) + zero;
+#if defined(__AVX512F__)
+      __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)code);  // saturates
+      store(codes + i, bytes);
+#else
       code = code < 127 ? code : splat(int32_t(127));
       code = code > -128 ? code : splat(int32_t(-128));
       store(codes + i, __builtin_convertvector(code, vb));
+#endif
     }
   for (; i < count; ++i) codes[i] = code_of(x[i], scale, zero);
 }
