@@ -39,10 +39,9 @@ def wants_card() -> bool:
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once."""
-    from vllm_integration import behaviours, kv_scales, quantization, versions
+    from vllm_integration import behaviours, quantization, versions
 
     for backend in (MLA, ATTENTION):  # so that --attention-backend knows them
         versions.register_attention(*backend)
     behaviours.install()
     quantization.install()
-    kv_scales.install()

@@ -38,20 +38,6 @@ KV_CACHE_DTYPES = {"int8": "int8_per_token_head"}
 DUMP_ON_ERROR = False
 
 
-def is_int8(scheme: dict | None) -> bool:
-    """Whether a compressed-tensors checkpoint's `kv_cache_scheme` is one of 8-bit integers."""
-    return bool(scheme) and scheme.get("type") == "int" and scheme.get("num_bits") == 8
-
-
-def int8_cache_of_checkpoint(vllm_config) -> None:
-    """A checkpoint that declares an int8 KV cache gets one, unless the user named another."""
-    quantised = getattr(getattr(vllm_config.model_config, "hf_config", None), "quantization_config", None)
-    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
-    if vllm_config.cache_config.cache_dtype == "auto" and is_int8(scheme):
-        log.info("The checkpoint declares an int8 KV cache.")
-        vllm_config.cache_config.cache_dtype = KV_CACHE_DTYPES["int8"]
-
-
 def install() -> None:
     """Put the defaults in place in this process and, by the environment, in its children. Idempotent."""
     refuse_fork()

@@ -112,7 +112,6 @@ class GcuHostPlatform(CpuPlatform):
         cache.choose(vllm_config)
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = "vllm_integration.worker.GcuHostWorker"
-        behaviours.int8_cache_of_checkpoint(vllm_config)
         mla = vllm_config if cls.mla_is_ours(vllm_config) else None
         kept = mla and {(part, name): getattr(getattr(mla, part), name) for part, name in MLA_KEEPS}
         super().check_and_update_config(vllm_config)

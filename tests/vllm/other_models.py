@@ -27,10 +27,14 @@ def image(rows: int, columns: int) -> numpy.ndarray:
     return numpy.random.RandomState(rows).randint(0, 256, (rows * SIDE, columns * SIDE, 3), dtype=numpy.uint8)
 
 
+class NoArguments:
+    """Keyword arguments of a processor that has none: vLLM reads the annotations."""
+
+
 class NoVideos(dict):
     """In the place of a video processor; a dictionary, for processors print themselves as JSON."""
 
-    model_input_names, valid_kwargs = (), dict  # no keyword arguments of its own
+    model_input_names, valid_kwargs = (), NoArguments
 
 
 def without_torchvision() -> None:

@@ -4,6 +4,7 @@ checkpoint by vLLM itself.
     gptq.py         GPTQ int4/int8, v1/v2 zeros, symmetric or not, desc_act     in the place of vLLM's configuration
     awq.py          AWQ int4                                                    in the place of vLLM's configuration
     compressed.py   compressed-tensors W4A16, W8A16, W8A8 int8, int8 KV cache   kernels first of vLLM's lists
+    kv_scales.py    the scales of a checkpoint's int8 KV cache
     experts.py      the experts of a mixture, in each of these forms
     named.py        the names w4a16, w8a16, w8a8 and their c8 forms: a checkpoint of that kind, or any, rounded at load
 

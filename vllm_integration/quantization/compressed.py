@@ -11,7 +11,6 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
-    CompressedTensorsKVCacheMethod,
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding import (
@@ -23,6 +22,7 @@ from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import eager, formats
 from vllm_integration.quantization import cache, experts, progress
 from vllm_integration.quantization import layer as layers
+from vllm_integration.quantization.kv_scales import Int8KVCacheMethod
 from vllm_integration.quantization.layer import BITS
 
 
@@ -35,7 +35,7 @@ class CompressedConfig(CompressedTensorsConfig):
             if method is not None:
                 return method
         if isinstance(layer, Attention) and cache.is_int8(self.kv_cache_scheme):
-            return Int8CacheMethod(self)
+            return None if self.kv_cache_scheme.get("dynamic") else Int8KVCacheMethod(self)
         method = super().get_quant_method(layer, prefix)
         if type(method) is CompressedTensorsLinearMethod:
             layer.prefix = prefix  # heads have none of their own
@@ -84,15 +84,6 @@ class PackedEmbedding(CompressedTensorsEmbeddingWNA16Int):
         hidden = layer.hidden_size
         numbers = eager.dequantise(packed, scales.T, None, None, f"int{self.num_bits}_rows_i32", hidden)
         return numbers.to(scales.dtype).view(*input_.shape, hidden)
-
-
-class Int8CacheMethod(CompressedTensorsKVCacheMethod):
-    """Scales of an int8 cache: those of the checkpoint are read; the attention backend decides what it uses."""
-
-    @staticmethod
-    def validate_kv_cache_scheme(kv_cache_scheme) -> None:
-        if not cache.is_int8(kv_cache_scheme) or not kv_cache_scheme.get("symmetric", True):
-            raise CheckpointError(f"kv_cache_scheme {kv_cache_scheme}: expected symmetric int8")
 
 
 class MixedPrecisionKernel(MPLinearKernel):

@@ -143,8 +143,13 @@ class RoundedInt8Experts(experts.Int8Product, RoundedExperts):
     """The same with int8 activations."""
 
 
+def _config(name: str, form: rounding.Format) -> type[NamedConfig]:
+    """The configuration of a name, an attribute of this module: spawned engines unpickle it from here."""
+    made = type(f"{name.upper()}Config", (NamedConfig,), {"name": name, "form": form, "__module__": __name__})
+    globals()[made.__name__] = made
+    return made
+
+
 CONFIGS = {
-    name + cache: type(f"{name}{cache}Config", (NamedConfig,), {"name": name + cache, "form": form})
-    for name, form in rounding.FORMATS.items()
-    for cache in ("", SUFFIX)
+    name + cache: _config(name + cache, form) for name, form in rounding.FORMATS.items() for cache in ("", SUFFIX)
 }

@@ -11,26 +11,14 @@ A checkpoint that declares such a scheme is served with an int8 cache without be
 from __future__ import annotations
 
 import torch
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
     CompressedTensorsKVCacheMethod,
 )
 
 from gcu_compile.errors import UnsupportedFeatureError
-from vllm_integration import vllm_private
-from vllm_integration.behaviours import KV_CACHE_DTYPES, is_int8
+from vllm_integration.behaviours import KV_CACHE_DTYPES
 
 STRATEGIES = ("tensor", "attn_head")
-
-
-class CompressedConfig(CompressedTensorsConfig):
-    """vLLM's compressed-tensors with int8 KV caches."""
-
-    def get_quant_method(self, layer, prefix):
-        if isinstance(layer, Attention) and is_int8(self.kv_cache_scheme):
-            return None if self.kv_cache_scheme.get("dynamic") else Int8KVCacheMethod(self)
-        return super().get_quant_method(layer, prefix)
 
 
 class Int8KVCacheMethod(CompressedTensorsKVCacheMethod):
@@ -60,8 +48,3 @@ class Int8KVCacheMethod(CompressedTensorsKVCacheMethod):
         super().process_weights_after_loading(layer)
         if layer.kv_cache_dtype == KV_CACHE_DTYPES["int8"]:
             layer.gcu_kv_scales = found
-
-
-def install() -> None:
-    """Put our configuration in place of vLLM's. Idempotent."""
-    vllm_private.replace_quantization_configs({"compressed-tensors": CompressedConfig})
