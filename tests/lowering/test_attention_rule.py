@@ -193,6 +193,30 @@ def test_keys_ahead_of_queries(symbolic):
     assert node.kwargs["causal"] and node.args[3] is None
 
 
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", [2.0, 0.3, -2.0, 0.0])
+def test_a_soft_cap_that_is_known_at_run_time(number, dtype, symbolic):
+    """As Dynamo passes a model's number under dynamic=True: a tensor [] in float64, cast at each use."""
+
+    def fn(q, k, v, cap):
+        one, other = cap.double().float(), cap.double().to(torch.float32)
+        return attend(q, k, v, lambda s: masked(CAUSAL)((torch.tanh(s / one) * other).to(s.dtype)))
+
+    gm, report = check(fn, *qkv(dtype=dtype), torch.tensor(number, dtype=torch.float64), symbolic=symbolic)
+    node = is_fused(gm, report, {"causal": True})
+    assert node.kwargs["soft_cap_tensor"].meta["val"].dtype == torch.float32 and "soft_cap" not in node.kwargs
+
+
+def test_near_misses_of_a_soft_cap_that_is_known_at_run_time():
+    caps = torch.tensor(2.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    two = lambda q, k, v, a, b: attend(q, k, v, lambda s: torch.tanh(s / a) * b)  # noqa: E731
+    rounded = lambda q, k, v, a: attend(q, k, v, lambda s: torch.tanh(s / a.bfloat16()) * a.half())  # noqa: E731
+    for fn, given in ((two, caps), (rounded, caps[:1])):
+        gm, report = check(fn, *qkv(), *given)
+        assert not calls(gm, ATTENTION) and "tanh" in statuses(report, "attention")[0][1]
+
+
 def test_a_mask_that_is_an_input_is_a_bias():
     bias = torch.randn(1, 4, 7, 7)
     keep = torch.rand(2, 1, 7, 7) > 0.3

@@ -83,6 +83,22 @@ def test_all_attention_is_fused(name, implementation, dtype):
     torch.testing.assert_close(actual.double(), expected, **tolerance(dtype, length, scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemma2_with_symbolic_sizes(dtype):
+    """Under dynamic=True Dynamo makes graph inputs of a model's numbers, the soft caps among them."""
+    model = model_of("gemma2", "eager", dtype)
+    compiled = torch.compile(model, backend="gcu", dynamic=True, options={"inductor": False})
+    batches = [torch.randint(2, 272, shape) for shape in ((2, 13), (3, 9))]
+    with torch.no_grad():
+        actual = [compiled(input_ids=tokens, use_cache=False).logits for tokens in batches]
+        model.double()
+        for tokens, result in zip(batches, actual, strict=True):
+            expected = model(input_ids=tokens, use_cache=False).logits
+            length, scale = 8 * LAYERS * SMALL["intermediate_size"], float(expected.abs().max())
+            torch.testing.assert_close(result.double(), expected, **tolerance(dtype, length, scale))
+    assert len(backend.reports) == 1 and found()["attention"] == LAYERS
+
+
 def test_layers_are_named():
     model = model_of("llama", "sdpa", torch.float32)
     with torch.no_grad():

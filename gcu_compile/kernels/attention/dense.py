@@ -6,18 +6,19 @@ import torch
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import checks
-from gcu_compile.kernels.attention.softmax import attend
+from gcu_compile.kernels.attention.softmax import attend, compute_dtype
 from gcu_compile.kernels.host import attention as host
 from gcu_compile.kernels.triton import attention as triton
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
-    "float scale, bool causal=False, SymInt causal_offset=0, SymInt? window=None, float soft_cap=0.0) -> Tensor"
+    "float scale, bool causal=False, SymInt causal_offset=0, SymInt? window=None, float soft_cap=0.0, "
+    "Tensor? soft_cap_tensor=None) -> Tensor"
 )
 
 
 def check(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
-          soft_cap=0.0) -> None:  # fmt: skip
+          soft_cap=0.0, soft_cap_tensor=None) -> None:  # fmt: skip
     """Raise `InvalidInputError` for arguments that have no meaning."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -41,10 +42,13 @@ def check(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
             raise checks.invalid("attention", "bias's dtype", bias.dtype, "bool or a float")
     checks.per_head("attention", heads, alibi_slopes=alibi_slopes, sinks=sinks)
     checks.numbers("attention", window, soft_cap)
+    if soft_cap_tensor is not None and (soft_cap or soft_cap_tensor.dim() or not soft_cap_tensor.is_floating_point()):
+        given = f"{list(soft_cap_tensor.shape)} {soft_cap_tensor.dtype} beside a soft cap of {soft_cap}"
+        raise checks.invalid("attention", "soft_cap_tensor", given, "a float without dimensions, and no other soft cap")
 
 
 def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=False, causal_offset=0, window=None,
-          soft_cap=0.0) -> torch.Tensor:  # fmt: skip
+          soft_cap=0.0, soft_cap_tensor=None) -> torch.Tensor:  # fmt: skip
     """Attention of contiguous tensors; `softmax.py` has the formula.
 
     Args:
@@ -60,6 +64,8 @@ def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
         window: key j is visible to query i only if j > i + causal_offset - window; at least 1. It bounds the past
             only, with and without `causal`.
         soft_cap: scores become cap * tanh(score / cap); 0: off.
+        soft_cap_tensor: [] float, on the CPU or the device of `q`: a soft cap that is known at run time only, as
+            Dynamo makes of a model's number under `dynamic=True`. It is never off: 0 gives what the formula gives.
 
     Returns:
         [batch, heads, q_len, v_dim], dtype of `q`. Rows that see no key are 0, as in torch's SDPA.
@@ -68,7 +74,8 @@ def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
         InvalidInputError: shapes, dtypes or numbers that have no meaning.
     """
     if not checks.is_fake(q, k, v):
-        check(q, k, v, bias, alibi_slopes, sinks, scale=scale, window=window, soft_cap=soft_cap)
+        check(q, k, v, bias, alibi_slopes, sinks, scale=scale, window=window, soft_cap=soft_cap,
+              soft_cap_tensor=soft_cap_tensor)  # fmt: skip
     positions = torch.arange(q.shape[2], device=q.device) + causal_offset
     return attend(
         q,
@@ -78,7 +85,7 @@ def eager(q, k, v, bias=None, alibi_slopes=None, sinks=None, *, scale, causal=Fa
         scale=scale,
         causal=causal,
         window=window,
-        soft_cap=soft_cap,
+        soft_cap=soft_cap if soft_cap_tensor is None else soft_cap_tensor.to(compute_dtype(q.dtype)),
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -94,16 +101,29 @@ def accumulation(q, k, v, *args, **kwargs) -> int:
     return max(q.shape[3], k.shape[2])
 
 
-def _run_host(*args, **kwargs) -> torch.Tensor:
-    check(*args, **kwargs)
-    return host.run_dense(*args, **kwargs)
+def _kernel(run):
+    """`run` behind the checks; it gets the soft cap as a number, however it was given."""
+
+    def call(*args, soft_cap=0.0, soft_cap_tensor=None, **kwargs) -> torch.Tensor:
+        check(*args, soft_cap=soft_cap, soft_cap_tensor=soft_cap_tensor, **kwargs)
+        if soft_cap_tensor is not None:
+            soft_cap = abs(float(soft_cap_tensor))  # tanh is odd: the sign has no effect
+        return run(*args, soft_cap=soft_cap, **kwargs)
+
+    return call
 
 
-def _run_triton(*args, **kwargs) -> torch.Tensor:
-    check(*args, **kwargs)
-    return triton.run(*args, **kwargs)
+def _refuses(refuses):
+    """`refuses`, and a cap of 0 at run time, which is "off" in the kernels."""
+
+    def reason(*args, soft_cap_tensor=None, **kwargs) -> str | None:
+        if soft_cap_tensor is not None and not abs(float(soft_cap_tensor)) > 0:
+            return f"the soft cap is {float(soft_cap_tensor)}"
+        return refuses(*args, **kwargs)
+
+    return reason
 
 
-HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, host.refuses_dense)
-TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
+HOST = registry.Implementation("host_cpp", ("cpu",), _kernel(host.run_dense), _refuses(host.refuses_dense))
+TRITON = registry.Implementation("triton", ("cuda", "gcu"), _kernel(triton.run), _refuses(triton.refuses))
 OP = registry.register(registry.FusedOp("attention", SCHEMA, eager, fake, accumulation, (HOST, TRITON)))

@@ -42,7 +42,7 @@ def attend(
     scale: float,
     causal: bool,
     window: int | None,
-    soft_cap: float,
+    soft_cap: float | torch.Tensor,
     bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -55,6 +55,7 @@ def attend(
         query_positions: [q_len] int64, on the axis on which key j has position j.
         bias: broadcasts to [batch, heads, q_len, kv_len]; bool keeps where True, else it is added.
         alibi_slopes, sinks: [heads].
+        soft_cap: a tensor [] is never off, whatever it holds.
 
     Returns:
         [batch, heads, q_len, v_dim] in `compute_dtype(q.dtype)`, not yet rounded to that of `q`.
@@ -63,7 +64,7 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     k, v = (x.to(wide).repeat_interleave(groups, dim=1) if groups > 1 else x.to(wide) for x in (k, v))
     scores = (q.to(wide) @ k.transpose(-1, -2)) * scale
-    if soft_cap > 0:
+    if isinstance(soft_cap, torch.Tensor) or soft_cap > 0:
         scores = soft_cap * (scores / soft_cap).tanh()
     key_positions = torch.arange(k.shape[2], device=q.device)
     if alibi_slopes is not None:

@@ -88,3 +88,19 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(zip("qkv", inputs(), strict=True)) | {"scale": 1.0} | change
     with pytest.raises(InvalidInputError, match="gcu::attention: .*" + message):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [1.5, -1.5, 0.0])
+def test_a_soft_cap_in_a_tensor_is_the_formula(cap, dtype):
+    q, k, v = inputs(dtype=dtype)
+    tensor = torch.tensor(cap, dtype=torch.float64)
+    wide = [x.double() for x in (q, k, v)]
+    scores = (wide[0] @ wide[1].repeat_interleave(3, 1).mT) * 0.3
+    expected = (cap * (scores / cap).tanh()).softmax(-1) @ wide[2].repeat_interleave(3, 1)
+    got = attention(q, k, v, scale=0.3, soft_cap_tensor=tensor)
+    torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 16))
+    with pytest.raises(InvalidInputError, match="soft_cap_tensor"):
+        attention(q, k, v, scale=0.3, soft_cap_tensor=tensor, soft_cap=2.0)
+    with pytest.raises(InvalidInputError, match="soft_cap_tensor"):
+        attention(q, k, v, scale=0.3, soft_cap_tensor=tensor.view(1))

@@ -30,7 +30,7 @@ from gcu_compile.lowering.rules.attention.operands import Attention, Axes, four,
 from gcu_compile.lowering.rules.attention.scores import DIV, MUL, Scores, broadcast, read, softmax_of
 from gcu_compile.lowering.rules.canonical import HOLDS
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 SDPA = tuple(
     getattr(aten, name).default
     for name in (
@@ -165,7 +165,11 @@ def _build(graph: Graph, node: Node, found: Attention) -> Node:
         named["causal_offset"] = offset
     if found.window is not None:
         named["window"] = found.window
-    if found.soft_cap:
+    if isinstance(found.soft_cap, Node):
+        wide = torch.promote_types(value_of(found.q.node).dtype, torch.float32)
+        cast = prims.convert_element_type.default
+        named["soft_cap_tensor"] = graph.call_function(cast, (found.soft_cap, wide))
+    elif found.soft_cap:
         named["soft_cap"] = found.soft_cap
     out = graph.call_function(torch.ops.gcu.attention.default, (q, k, v, bias, slopes), named)
     fakes.fill(_up_to(out, node))

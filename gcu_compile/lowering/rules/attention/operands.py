@@ -97,7 +97,7 @@ class Attention:
     k: Axes
     v: Axes
     scale: float = 1.0
-    soft_cap: float = 0.0
+    soft_cap: float | Node = 0.0
     causal: bool = False
     offset: Any = 0
     window: int | None = None
@@ -128,7 +128,6 @@ class Attention:
                 if not (same_size(b, batch) and (same_size(h * one.repeat, heads) or self._groups(one, heads))):
                     return f"{one.node.name} has {b} x {h} heads, not {batch} x {heads}"
         return None
-
 
     def _groups(self, one: Axes, heads: Any) -> bool:
         """Whether these are fewer key heads, for groups of query heads (SDPA with `enable_gqa`)."""

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gcu_compile.lowering.match import CASTS, Anything, Bind, Call, Number, Through, find, number_of
+from gcu_compile.lowering.match import CASTS, Anything, Bind, Call, Found, Number, Through, find, number_of
 from gcu_compile.lowering.rule import Refusal, same_shape, same_size, value_of
 from gcu_compile.lowering.rules.attention.operands import Axes, stops, whole
 
 aten = torch.ops.aten
 MUL, DIV, ADD = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar), aten.add.Tensor
+WIDE = {torch.float32, torch.float64}
 PRODUCTS = (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
 
 _DIM = Anything()
@@ -44,6 +45,14 @@ CAP = Call(
     Through(Call(aten.tanh.default, Through(Call(DIV, Bind("x"), Number("cap")) | Call(MUL, Bind("x"), Number("by"))))),
     Number("cap"),
 )
+# With dynamic=True a model's number is an input of the graph: a tensor of no dimensions, cast at each use.
+RUN_TIME_CAP = Call(
+    aten.mul.Tensor,
+    Through(
+        Call(aten.tanh.default, Through(Call(aten.div.Tensor, Bind("x"), Through(Bind("cap"), CASTS), name="inner")))
+    ),
+    Through(Bind("cap"), CASTS),
+)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class Scores:
         added: tensors that are added, outermost first.
         keeps: bool tensors with the number that is put where they are False, or, with True, where they are True.
         shown: places on the way where batch and heads are apart.
+        soft_cap: 0: none; a node: a tensor of no dimensions, known at run time only.
         factors: tensors of one element which multiply or divide the scores: (operation, tensor).
         safe: a query that sees no key gives 0 instead of NaN.
     """
@@ -62,7 +72,7 @@ class Scores:
     q: Axes | None = None
     k: Axes | None = None
     scale: float = 1.0
-    soft_cap: float = 0.0
+    soft_cap: float | Node = 0.0
     added: list[Axes] = field(default_factory=list)
     keeps: list[tuple[Axes, float, bool]] = field(default_factory=list)
     shown: list[Axes] = field(default_factory=list)
@@ -158,13 +168,11 @@ def _continue(here: Axes, operand: Node, so_far: Scores) -> Scores | Refusal:
 
 def _scale(here: Axes, so_far: Scores) -> Scores | Refusal:
     node = here.node
-    cap = find(CAP, node)
-    if cap and not isinstance(cap, Refusal):
-        inner = cap["cap"] if "by" not in cap.bound else 1 / cap["by"]
-        if same_number(inner, cap["cap"]):
-            if so_far.scaled:
-                return Refusal("the scores are scaled after the soft cap")
-            return _continue(here, cap["x"], replace(so_far, soft_cap=float(cap["cap"])))
+    if capped := _cap(node):
+        if so_far.scaled:
+            return Refusal("the scores are scaled after the soft cap")
+        scores, cap = capped
+        return _continue(here, scores, replace(so_far, soft_cap=cap))
     left, right = node.args
     if number_of(left) is not None and node.target in MUL:
         left, right = right, left
@@ -173,6 +181,23 @@ def _scale(here: Axes, so_far: Scores) -> Scores | Refusal:
         return _scale_by_tensor(here, so_far)
     factor = 1 / number if node.target in DIV else number
     return _continue(here, left, replace(so_far, scale=so_far.scale * factor))
+
+
+def _cap(node: Node) -> tuple[Node, float | Node] | None:
+    """(scores, cap) of cap * tanh(scores / cap). tanh is odd: the sign of a cap has no effect."""
+    found = find(CAP, node)
+    if isinstance(found, Found):
+        inner = found["cap"] if "by" not in found.bound else found["by"] and 1 / found["by"]
+        same = found["cap"] != 0 and same_number(inner, found["cap"])
+        return (found["x"], abs(float(found["cap"]))) if same else None
+    found = find(RUN_TIME_CAP, node)
+    if not isinstance(found, Found):
+        return None
+    cap, factors = found["cap"], (found["inner"].args[1], *node.args)
+    # The op takes the number as it was before the casts, so that none of them may have rounded it.
+    rounded = {value_of(factor).dtype for factor in factors if value_of(factor).dim() == 0} - WIDE
+    single = value_of(cap).dim() == 0 and value_of(cap).dtype.is_floating_point
+    return (found["x"], cap) if single and not rounded else None
 
 
 def _scale_by_tensor(here: Axes, so_far: Scores) -> Scores | Refusal:
