@@ -100,6 +100,23 @@ def symbol_range(size: torch.SymInt) -> str:
     return ", ".join(f"{s}: [{ranges[s].lower}, {ranges[s].upper}]" for s in symbols if s in ranges)
 
 
+def symbols_of(size: int | torch.SymInt) -> set:
+    """The symbols in a size; none in a number."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def size_at(size: int | torch.SymInt, numbers: dict) -> int:
+    """A size where its symbols have these numbers. Adds no guard."""
+    return int(size.node.expr.xreplace(numbers)) if isinstance(size, torch.SymInt) else size
+
+
+def hint_of(size: int | torch.SymInt) -> int | None:
+    """What a size was when it was traced, if it is a number or one lone symbol that has a hint."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return size.node.hint if size.node.expr.is_Symbol and size.node.has_hint() else None
+
+
 def first_frame(stack_trace: str) -> str:
     """`model.py:12 forward`: the outermost place of a node's stack trace."""
     found = FRAME.search(stack_trace)

@@ -85,7 +85,7 @@ def test_every_spelling_becomes_one_sample(name, dtype, monkeypatch):
     fn, expected = CHAINS[name]
     x = (torch.randn(ROWS, VOCAB) * 3).to(dtype)
     if name in ("temperature", "top_k") and dtype == torch.bfloat16:
-        pytest.skip("this spelling rounds to bfloat16 on the way: another case")
+        pytest.skip("this spelling rounds to bfloat16 on the way: the chain begins behind that, and has other settings")
     assert settings_of(monkeypatch, fn, x) == expected
 
 
@@ -117,11 +117,14 @@ def test_off_unless_asked_for():
 
 NEAR = {
     "two samples": (lambda x: torch.multinomial(x.softmax(-1), 2), "2 samples a row"),
-    "squared": (lambda x: torch.multinomial((x * x).softmax(-1), 1), "is not temperature, top-k, top-p and min-p"),
-    "noise": (lambda x: torch.multinomial((x + torch.rand_like(x)).softmax(-1), 1), "computed from 2 tensors"),
-    "cut at the wrong end": (
-        lambda x: torch.multinomial(x.masked_fill(x > x.topk(5).values[:, -1:], -INF).softmax(-1), 1),
-        "is not temperature, top-k, top-p and min-p",
+    "squared probabilities": (lambda x: torch.multinomial(x.softmax(-1) ** 2, 1), "is not temperature, top-k, top-p"),
+    "noise after the softmax": (
+        lambda x: torch.multinomial(x.softmax(-1) * torch.rand_like(x), 1),
+        "computed from 2 values",
+    ),
+    "every 4th token of the softmax": (
+        lambda x: torch.multinomial(torch.where(torch.arange(VOCAB) % 4 == 0, x.softmax(-1), 0.0), 1),
+        "is not temperature, top-k, top-p",
     ),
 }
 
@@ -132,12 +135,6 @@ def test_a_near_miss_says_why(name):
     _, report, _ = lowered(fn, torch.randn(ROWS, VOCAB))
     (record,) = (match for match in report.matches if match.rule == "sample_chain")
     assert record.status in ("skipped", "near_miss") and reason in record.reason
-
-
-def test_symbolic_rows_are_refused_with_a_reason():
-    _, report, _ = lowered(CHAINS["softmax"][0], torch.randn(ROWS, VOCAB), dynamic=True)
-    (record,) = (match for match in report.matches if match.rule == "sample_chain")
-    assert "symbolic" in record.reason
 
 
 @pytest.mark.parametrize("fn", [lambda x: x.argmax(-1), lambda x: (x * 2).argmax(-1), lambda x: x.softmax(-1)])

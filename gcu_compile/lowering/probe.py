@@ -108,10 +108,9 @@ def leaves(nodes: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
             yield node
 
 
-def run(
-    root: torch.fx.Node, given: dict[torch.fx.Node, torch.Tensor], without_casts: bool = False
-) -> torch.Tensor:
-    """The value of `root` where the nodes of `given` have these values. All sizes on the way are plain numbers.
+def run(root: torch.fx.Node, given: dict[torch.fx.Node, torch.Tensor], without_casts: bool = False) -> torch.Tensor:
+    """The value of `root` where the nodes of `given` have these values. All sizes on the way are plain numbers, or
+    nodes of `given`.
 
     Args:
         without_casts: leave every tensor in the dtype that it has, so that positions counted in float64 survive.
@@ -119,6 +118,13 @@ def run(
     Raises:
         KeyError: an input that has no value.
     """
+    return run_all([root], given, without_casts)[0]
+
+
+def run_all(
+    roots: list[torch.fx.Node], given: dict[torch.fx.Node, torch.Tensor], without_casts: bool = False
+) -> list[torch.Tensor]:
+    """`run` for several nodes; each node on the way is computed once."""
     values = dict(given)
 
     def visit(node):
@@ -136,7 +142,7 @@ def run(
         return values[node]
 
     with torch.no_grad(), without_modes():
-        return visit(root)
+        return [visit(root) for root in roots]
 
 
 def has_numbers_for_sizes(nodes: list[torch.fx.Node]) -> bool:
