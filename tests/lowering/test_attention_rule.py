@@ -178,6 +178,63 @@ def test_heads_that_alternate_are_not_groups():
     assert is_fused(gm, report).args[1].meta["val"].shape[1] == 4
 
 
+def grouped(q, k, v, change=lambda scores: scores, sdpa=False, innermost=True):
+    """Queries as [batch, kv_heads, group, ...] against one key head of each group, or with the two exchanged."""
+    (batch, heads, length, size), kv_heads = q.shape, k.shape[1]
+    shape = (kv_heads, heads // kv_heads) if innermost else (heads // kv_heads, kv_heads)
+    q, k, v = q.view(batch, *shape, length, size), *(x.unsqueeze(2 if innermost else 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True) if sdpa else attend(q, k, v, change)
+    return out.reshape(batch, heads, length, v.shape[-1])
+
+
+GROUPED = {
+    "plain": (grouped, {"causal": False}),
+    "window": (lambda q, k, v: grouped(q, k, v, masked(WINDOW)), {"causal": True, "window": 3}),
+    "soft cap": (lambda q, k, v: grouped(q, k, v, lambda s: 5 * torch.tanh(s / 5)), {"soft_cap": 5.0}),
+    "sdpa": (lambda q, k, v: grouped(q, k, v, sdpa=True), {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_in_a_dimension_of_their_own(name, dtype, symbolic):
+    fn, expected = GROUPED[name]
+    gm, report = check(fn, *qkv(6, 2, v_size=8, dtype=dtype), symbolic=symbolic)
+    node = is_fused(gm, report, expected)
+    assert [node.args[i].meta["val"].shape[1] for i in (0, 1, 2)] == [6, 2, 2] and node.args[3] is None
+
+
+@pytest.mark.parametrize("heads, kv_heads, batch", [(4, 1, 2), (4, 4, 2), (4, 2, 1), (4, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_extreme_shapes(name, heads, kv_heads, batch):
+    gm, report = check(GROUPED[name][0], *qkv(heads, kv_heads, batch=batch))
+    is_fused(gm, report)
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_groups_of_five_dimensional_inputs_with_padding(symbolic):
+    q, k, v = qkv(6, 2)
+    keep = torch.rand(2, 1, 1, 1, 7) > 0.3
+    keep[..., 0] = True
+    fn = lambda q, k, v, m: attend(q, k, v, lambda s: s.masked_fill(~m, -math.inf))  # noqa: E731
+    inputs = q.view(2, 2, 3, 7, 16), k.unsqueeze(2), v.unsqueeze(2), keep
+    gm, report = check(fn, *inputs, symbolic=symbolic, dims=(0,))
+    node = is_fused(gm, report)
+    assert [node.args[i].meta["val"].shape[1] for i in (0, 1, 3)] == [6, 2, 1]
+
+
+def test_near_misses_of_groups():
+    exchanged = lambda q, k, v: grouped(q, k, v, innermost=False)  # noqa: E731
+    gm, report = check(exchanged, *qkv(6, 2))  # heads alternate: no groups, each has its own keys
+    assert is_fused(gm, report).args[1].meta["val"].shape[1] == 6
+    bias = torch.randn(1, 2, 3, 7, 7)
+    gm, report = check(lambda q, k, v, m: grouped(q, k, v, lambda s: s + m), *qkv(6, 2), bias)
+    assert not calls(gm, ATTENTION) and "differs between heads" in statuses(report, "attention")[0][1]
+    gm, report = check(lambda q, k, v: grouped(q, k, v, lambda s: s.mT), *qkv(6, 2))
+    assert not calls(gm, ATTENTION)
+
+
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_keys_ahead_of_queries(symbolic):
     def decode(q, k, v, past_k, past_v):

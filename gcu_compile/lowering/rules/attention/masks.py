@@ -47,6 +47,8 @@ class Masks:
                 return reason
         for axes in self.scores.added:
             self._add(axes)
+        if any(len(axes.lead) == 3 for axes in self.attention.biases):
+            return "a bias differs between heads that are in groups of a dimension of their own"
         self.attention.restores_nan = self.may_be_blind and not self.scores.safe
         return None
 
@@ -176,8 +178,8 @@ class Masks:
                 rows, columns, rest = self._slope(form, broadcast(distance, here))
                 if rest or not columns or isinstance(columns, torch.SymInt):
                     continue
-                if len(heads.lead) == 2 and heads.lead[0] is not None:
-                    continue  # a slope per sequence
+                if len(heads.lead) == 3 or (len(heads.lead) == 2 and heads.lead[0] is not None):
+                    continue  # a slope per sequence, or heads in two dimensions
                 if heads.lead[-1] is None or (len(heads.lead) == 1 and self.attention.split is not None):
                     continue
                 return heads, float(columns)

@@ -119,7 +119,7 @@ def _down(axes: Axes, so_far: Scores) -> Scores | Refusal:
         node = here.node
         if not same_size(here.repeat, 1):
             return Refusal("the scores are repeated over heads", near=True)
-        if len(here.lead) == 2:
+        if len(here.lead) > 1:
             so_far = replace(so_far, shown=[*so_far.shown, here])
         if node.op != "call_function":
             return _no_product(node)
@@ -233,7 +233,10 @@ def _add(here: Axes, so_far: Scores) -> Scores | Refusal:
 
 
 def broadcast(mask: Node, scores: Axes) -> Axes:
-    """The axes of a tensor that broadcasts to that of `scores`, whatever the order of its dimensions."""
+    """The axes of a tensor that broadcasts to that of `scores`, whatever the order of its dimensions.
+
+    One that is the same for all heads has (batch, no head), also where the scores have a dimension for groups.
+    """
     rank, shape = value_of(scores.node).dim(), value_of(mask).shape
 
     def there(d: int | None) -> int | None:
@@ -242,7 +245,9 @@ def broadcast(mask: Node, scores: Axes) -> Axes:
         own = d - (rank - len(shape))
         return None if own < 0 or same_size(shape[own], 1) else own
 
-    return Axes(mask, tuple(map(there, scores.lead)), there(scores.rows), there(scores.columns))
+    batch, *heads = map(there, scores.lead)
+    lead = (batch, None) if heads == [None, None] else (batch, *heads)
+    return Axes(mask, lead, there(scores.rows), there(scores.columns))
 
 
 def _where(here: Axes, so_far: Scores) -> Scores | Refusal:
