@@ -223,3 +223,13 @@ def test_exponential_noise_is_refused(dynamic):
     _, report, _ = lowered(fn, torch.randn(3, VOCAB), dynamic=dynamic)
     (record,) = (match for match in report.matches if match.rule == "sample_chain")
     assert record.status == "near_miss" and "rand" in record.reason
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_greedy_chain_behind_a_mask(dynamic):
+    x, mask = torch.randn(4, VOCAB), truths(4)
+    result, report, _ = lowered(
+        lambda x, m, t: pp.greedy(pp.top_k(pp.forbid(x, m) / t, 9)), x, mask, torch.rand(4, 1), dynamic=dynamic
+    )
+    assert report.fused["sample_chain"] == 1
+    assert torch.equal(result, x.masked_fill(mask, -INF).argmax(-1, keepdim=True))
