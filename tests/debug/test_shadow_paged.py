@@ -150,5 +150,5 @@ def test_a_slot_that_does_not_exist_is_still_the_operation_s_own_error():
 def test_a_quantised_value_may_be_one_step_away_and_not_two():
     meant = torch.tensor([-128, 0, 127], dtype=torch.int8)
     near, far = torch.tensor([-127, 0, 127], dtype=torch.int8), torch.tensor([-128, 2, 127], dtype=torch.int8)
-    assert shadow.compare([near], [meant], 32, 2)[1] <= 1 < shadow.compare([far], [meant], 32, 2)[1]
-    assert shadow.compare([near], [meant], None, 2)[1] == float("inf")
+    assert shadow.compare([near], [meant], 32, 2, steps=1)[1] <= 1 < shadow.compare([far], [meant], 32, 2, steps=1)[1]
+    assert shadow.compare([near], [meant], 32, 2)[1] == float("inf")

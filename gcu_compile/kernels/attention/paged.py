@@ -226,5 +226,6 @@ OP_INT8 = registry.register(
         accumulation,
         _implementations(_run_host_int8, _run_triton_int8),
         touched.by_table,
+        code_steps=1,
     )
 )

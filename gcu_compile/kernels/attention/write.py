@@ -97,5 +97,6 @@ OP = registry.register(
         lambda *args, **kwargs: 1,
         (HOST, TRITON),
         touched.by_slots,
+        code_steps=1,  # of an int8 cache
     )
 )
