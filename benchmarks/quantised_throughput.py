@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+import sides
 
 PROMPT, BATCHES = 16, (1, 16)
 
@@ -50,26 +49,16 @@ def child(model: str, dummy: bool, tokens: int, repeats: int) -> None:
             llm.generate(prompts, sampling, use_tqdm=False)
             times.append(time.perf_counter() - begin)
         result[f"batch {rows}"] = rows * tokens / statistics.median(times[1:])  # the first one warms up
-    print("RESULT " + json.dumps(result))
+    sides.tell(result)
 
 
 def measure(words: list[str], caches: Path, stock: bool) -> dict[str, float] | str:
     """What a child says, or the last line of its error."""
-    env = {
-        **os.environ,
-        "VLLM_CACHE_ROOT": str(caches / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "GCU_COMPILE_CACHE_DIR": str(caches / "gcu"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if stock:
-        env["VLLM_PLUGINS"] = ""
-    run = subprocess.run([sys.executable, __file__, *words], env=env, capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if lines:
-        return json.loads(lines[-1].removeprefix("RESULT "))
-    errors = [line for line in (run.stdout + run.stderr).splitlines() if "Error" in line]
-    return errors[-1].strip() if errors else run.stderr[-300:]
+    result, output = sides.run(__file__, words, caches, stock)
+    if result is not None:
+        return result
+    errors = [line for line in output.splitlines() if "Error" in line]
+    return errors[-1].strip() if errors else output[-300:]
 
 
 def prepare(model: Path, name: str, dummy: bool, folder: Path) -> Path:
@@ -114,25 +103,25 @@ def main() -> None:
         served = prepare(arguments.model, arguments.format, arguments.dummy, caches)
         words = [str(served), "--child", *(["--dummy"] if arguments.dummy else [])]
         words += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
-        sides = {"ours": [], "stock": []}
+        figures = {"ours": [], "stock": []}
         for _ in range(arguments.rounds):
-            for side, found in sides.items():
+            for side, found in figures.items():
                 found.append(measure(words, caches / side, stock=side == "stock"))
     print(f"| {arguments.model.name}, {arguments.format}, tokens/s | ours | stock | ratio |\n|---|--:|--:|--:|")
     for rows in BATCHES:
         key, values = f"batch {rows}", []
-        for found in sides.values():
+        for found in figures.values():
             each = [one[key] for one in found if isinstance(one, dict)]
             values.append(statistics.median(each) if each else None)
         cells = ["fails" if value is None else f"{value:.1f}" for value in values]
         ratio = "" if None in values else f"{values[0] / values[1]:.2f}"
         print(f"| {key} | {cells[0]} | {cells[1]} | {ratio} |")
-    for side, found in sides.items():
+    for side, found in figures.items():
         for one in found:
             if isinstance(one, str):
                 print(f"{side} failed: {one}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(sides, indent=1))
+        arguments.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

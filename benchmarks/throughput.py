@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+import sides
 
 TOKENS, PROMPT, PREFILL, REPEATS = 128, 16, 2000, 3
 
@@ -45,24 +44,14 @@ def child(model: str) -> None:
         top_p = timed(rows, PROMPT, temperature=1.0, top_p=0.9, max_tokens=TOKENS)
         result[f"top_p_{rows}_tok_s"] = rows * TOKENS / top_p
     result["prefill_tok_s"] = PREFILL / timed(1, PREFILL, temperature=0, max_tokens=1)
-    print("RESULT " + json.dumps(result))
+    sides.tell(result)
 
 
 def measure(model: str, caches: Path, stock: bool) -> dict[str, float]:
-    env = {
-        **os.environ,
-        "VLLM_CACHE_ROOT": str(caches / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "GCU_COMPILE_CACHE_DIR": str(caches / "gcu"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if stock:
-        env["VLLM_PLUGINS"] = ""
-    run = subprocess.run([sys.executable, __file__, "--child", model], env=env, capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"the {'stock' if stock else 'gcu'} run failed:\n{run.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    result, output = sides.run(__file__, ["--child", model], caches, stock)
+    if result is None:
+        raise SystemExit(f"the {'stock' if stock else 'gcu'} run failed:\n{output[-3000:]}")
+    return result
 
 
 def main() -> None:

@@ -32,6 +32,10 @@ from vllm_integration import ATTENTION, versions
 
 NAME = versions.register_attention(*ATTENTION)
 INT8 = "int8_per_token_head"
+# What both of our backends take.
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FLOAT_CACHES = ["auto", "float16", "bfloat16"]
+BLOCK_SIZES = [16, 32, 64, 128, 256]
 ENCODER = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 SCALE_BYTES = 8  # of one slot of one head: two float32
 
@@ -40,8 +44,8 @@ class GcuAttentionBackend(versions.cache_interface(SCALE_BYTES), AttentionBacken
     """Registered under `GCU_ATTN` (vLLM 0.26: `CUSTOM`); `--attention-backend CPU_ATTN` restores vLLM's own."""
 
     forward_includes_kv_cache_update: bool = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", INT8]
+    supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*FLOAT_CACHES, INT8]
 
     @staticmethod
     def get_name() -> str:
@@ -57,7 +61,7 @@ class GcuAttentionBackend(versions.cache_interface(SCALE_BYTES), AttentionBacken
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [16, 32, 64, 128, 256]
+        return BLOCK_SIZES
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.*)
 from gcu_compile.errors import UnsupportedFeatureError
+from vllm_integration.attention import BLOCK_SIZES, DTYPES, FLOAT_CACHES
 
 NAME = "GCU_MLA"
 
@@ -23,8 +24,8 @@ NAME = "GCU_MLA"
 class GcuMLABackend(MLACommonBackend):
     """Registered by the platform under `GCU_MLA`; `--attention-backend CPU_MLA` restores vLLM's own."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = DTYPES
+    supported_kv_cache_dtypes: ClassVar[list[str]] = FLOAT_CACHES
 
     @staticmethod
     def get_name() -> str:
@@ -40,7 +41,7 @@ class GcuMLABackend(MLACommonBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [16, 32, 64, 128, 256]
+        return BLOCK_SIZES
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
