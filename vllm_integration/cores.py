@@ -27,19 +27,19 @@ def keep_in_process(asked: Any, parallel: Any) -> None:
         parallel.distributed_executor_backend = IN_PROCESS
 
 
-def in_process(parallel: Any) -> bool:
-    return parallel.distributed_executor_backend == IN_PROCESS
-
-
 def bind(vllm_config: Any) -> list[int]:
-    """Run this process's main thread, and the OpenMP threads it will start, on the worker's cores; return them.
+    """Run an engine's main thread, and the OpenMP threads it will start, on the worker's cores; return them.
 
-    The user's own word on cores wins: `VLLM_CPU_OMP_THREADS_BIND` (a list, or `nobind`, which binds nothing),
-    `VLLM_CPU_NUM_OF_RESERVED_CPU` and `OMP_NUM_THREADS`.
+    Nothing is bound where the worker has a process of its own, which vLLM binds, nor where the engine lives in the
+    user's process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), whose threads are the user's. The user's word on cores wins:
+    `VLLM_CPU_OMP_THREADS_BIND` (a list, or `nobind`), `VLLM_CPU_NUM_OF_RESERVED_CPU` and `OMP_NUM_THREADS`.
     """
     from vllm import envs
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+    in_engine = vllm_config.parallel_config.distributed_executor_backend == IN_PROCESS
+    if not in_engine or not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        return []
     manager = OMPProcessManager(vllm_config)
     if manager.skip_setup:
         return []

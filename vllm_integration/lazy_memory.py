@@ -7,25 +7,18 @@ most blocks wait long for their first token. The kernel hands out zeroed pages a
 from __future__ import annotations
 
 import math
-import mmap
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from gcu_compile.kernels.host import pages
 
 # Below this size the time of zeros is not worth a mapping.
 SMALLEST_BYTES = 64 << 20
 
 
-def zeros(count: int) -> torch.Tensor:
-    """int8 zeros [count] in private anonymous pages, huge ones where the machine has them; the tensor owns them."""
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int8)
-
-
 class LazyZeros(TorchFunctionMode):
-    """Within it, large `torch.zeros(size, dtype=torch.int8)` on the CPU are those of `zeros`."""
+    """Within it, large `torch.zeros(size, dtype=torch.int8)` on the CPU take memory where they are touched."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -33,5 +26,5 @@ class LazyZeros(TorchFunctionMode):
             size = (args[0],) if isinstance(args[0], int) else tuple(args[0])
             on_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
             if on_cpu and kwargs.get("dtype") == torch.int8 and math.prod(size) >= SMALLEST_BYTES:
-                return zeros(math.prod(size)).view(size)
+                return pages.zeros(size, torch.int8)
         return func(*args, **kwargs)

@@ -12,15 +12,14 @@ from vllm_integration.rejection_sampler import GcuRejectionSampler
 from vllm_integration.reports import keep_or_recall
 from vllm_integration.sampler import GcuSampler
 
-WARM_UP_TOKENS = 512
+WARM_UP_TOKENS = 512  # of a first run that only compiles
 
 
 class GcuHostWorker(CPUWorker):
     """vLLM's `CPUWorker`; everything but post-processing is vLLM's own."""
 
     def init_device(self) -> None:
-        if cores.in_process(self.parallel_config):
-            cores.bind(self.vllm_config)
+        cores.bind(self.vllm_config)
         super().init_device()
         options = resolve()
         if options.shadow != "off":

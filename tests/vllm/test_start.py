@@ -1,4 +1,7 @@
-"""What makes a start short on target `host`: memory that comes when it is touched."""
+"""What makes a start short on target `host`: memory that comes when it is touched, a worker without its own process."""
+
+import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,7 +27,8 @@ def test_cache_memory_is_zero_writable_and_resident_only_where_touched():
 
 
 def test_other_zeros_stay_torchs_own():
-    from vllm_integration.lazy_memory import SMALLEST_BYTES, LazyZeros, zeros
+    from gcu_compile.kernels.host import pages
+    from vllm_integration.lazy_memory import SMALLEST_BYTES, LazyZeros
 
     with LazyZeros():
         small = torch.zeros(8, dtype=torch.int8)
@@ -34,5 +38,24 @@ def test_other_zeros_stay_torchs_own():
         shaped = torch.zeros((4, SMALLEST_BYTES), dtype=torch.int8)
     assert small.sum() == 0 and other.dtype == torch.float32 and out.abs().max() == 0 and meta.device.type == "meta"
     assert shaped.shape == (4, SMALLEST_BYTES)
-    kept = zeros(SMALLEST_BYTES)[5:]  # a view keeps the mapping alive
+    kept = pages.zeros((SMALLEST_BYTES,), torch.int8)[5:]  # a view keeps the mapping alive
     assert kept.fill_(1).sum(dtype=torch.int64) == SMALLEST_BYTES - 5
+
+
+@pytest.mark.parametrize(("executor", "multiprocessing"), [("uni", "0"), ("mp", "1")])
+def test_the_users_process_and_a_workers_own_are_not_bound(executor, multiprocessing, monkeypatch):
+    from vllm_integration import cores
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *given: pytest.fail(f"bound: {given}"))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=executor))
+    assert cores.bind(config) == []
+
+
+@pytest.mark.parametrize(("asked", "size", "kept"), [("uni", 1, "uni"), ("mp", 1, "mp"), ("uni", 2, "mp")])
+def test_only_a_lone_worker_that_nobody_sent_away_stays(asked, size, kept):
+    from vllm_integration import cores
+
+    parallel = SimpleNamespace(distributed_executor_backend="mp", world_size=size)  # as vLLM's CPU platform leaves it
+    cores.keep_in_process(asked, parallel)
+    assert parallel.distributed_executor_backend == kept
