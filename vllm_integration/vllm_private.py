@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +95,35 @@ def fail_when_engine_died(server: str) -> None:
         return serve_http
 
     _once(entry, "serve_http", make)
+
+
+# Seconds for which an ending interpreter waits for the engine's last words; an engine that was asked to end
+# says them within milliseconds.
+OUTPUT_THREAD_PATIENCE = 5.0
+
+
+def end_output_threads_at_exit() -> None:
+    """Let the thread that receives an engine's outputs end before the interpreter does.
+
+    vLLM makes it a daemon. Its last message holds tensors over received memory, whose deleter asks for the
+    interpreter's lock; in an interpreter that is ending, Python answers that by ending the thread inside a C++
+    destructor, and the process dies with "terminate called without an active exception" after a good run.
+    """
+    from vllm.v1.engine.core_client import SyncMPClient
+
+    def end(client: weakref.ref, thread: Any) -> None:
+        if client() is not None:
+            client().shutdown()
+        thread.join(OUTPUT_THREAD_PATIENCE)
+
+    def make(original):
+        def __init__(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            atexit.register(end, weakref.ref(self), self.output_queue_thread)
+
+        return __init__
+
+    _once(SyncMPClient, "__init__", make)
 
 
 def on_chunked_prefill_default(decide: Callable[[Any, Any], None]) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -43,8 +45,6 @@ def test_compiler_and_pass_manager_override_what_exists():
 
 
 def test_watcher_acts_once_after_the_import(monkeypatch):
-    import sys
-
     from vllm_integration import vllm_private
 
     seen = []
@@ -86,3 +86,45 @@ def test_a_page_has_room_for_what_our_kernels_read():
         else:
             spec = GcuAttentionBackend.customize_spec(spec)
         assert spec.page_size_bytes == 3 * 16 * width * dtype.itemsize
+
+
+LATE_THREAD = """
+import sys, threading, time, types
+from vllm_integration import vllm_private
+
+class SyncMPClient:
+    def __init__(self):
+        self.asked = threading.Event()
+        self.output_queue_thread = threading.Thread(target=self.receive, args=(self.asked,), daemon=True)
+        self.output_queue_thread.start()
+    @staticmethod
+    def receive(asked):
+        asked.wait()
+        time.sleep(0.3)
+        print("ended", flush=True)
+    def shutdown(self):
+        self.asked.set()
+
+module = sys.modules["vllm.v1.engine.core_client"] = types.ModuleType("core_client")
+module.SyncMPClient = SyncMPClient
+for name in ("vllm", "vllm.v1", "vllm.v1.engine"):
+    sys.modules[name] = types.ModuleType(name)
+{install}
+client = SyncMPClient()
+"""
+
+
+@pytest.mark.parametrize("install", ["vllm_private.end_output_threads_at_exit()", ""])
+def test_interpreter_waits_for_the_output_thread(install):
+    script = LATE_THREAD.replace("{install}", install)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ("ended\n" if install else "")
+
+
+def test_client_has_the_thread_that_ours_waits_for():
+    from vllm.v1.engine.core_client import SyncMPClient
+
+    init = getattr(SyncMPClient.__init__, "__gcu_original__", SyncMPClient.__init__)
+    assert "self.output_queue_thread = Thread(" in inspect.getsource(inspect.unwrap(init))
+    assert "timeout" in inspect.signature(SyncMPClient.shutdown).parameters
