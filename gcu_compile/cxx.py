@@ -6,13 +6,20 @@ import functools
 import logging
 import os
 import shutil
+import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from gcu_compile.errors import KernelBuildError
 
 log = logging.getLogger(__name__)
+# The header of a 64-bit ELF file, little-endian (System V ABI, gabi "ELF Header"): e_ident, then e_phoff, e_shoff,
+# e_phentsize, e_phnum, e_shentsize, e_shnum; and p_offset, p_filesz of a program header.
+ELF_HEADER = struct.Struct("<16s 16x Q Q 4x 2x H H H H 2x")
+ELF_64_BIT = 2  # e_ident[EI_CLASS]
+ELF_SEGMENT = struct.Struct("<8x Q 16x Q 16x")
 
 
 def find_compiler() -> str:
@@ -64,3 +71,32 @@ def compile_library(compiler: str, flags: tuple[str, ...], source: Path, library
             reason = "\n".join(result.stderr.strip().splitlines()[:5])
             raise KernelBuildError(f"{' '.join(words)} failed: {reason}")
         new.replace(library)
+
+
+def what_is_missing(library: Path) -> str:
+    """Why a library or an object file cannot be whole; "" if it is, if it is not there, or if that cannot be told.
+
+    Loading a part of one may end the process (SIGBUS): the loader maps pages that the file does not have. A part has
+    no ELF header yet, or one whose tables and segments reach past the end of the file. 64-bit files on Linux only.
+    """
+    if not sys.platform.startswith("linux") or sys.byteorder != "little" or library.suffix not in (".so", ".o"):
+        return ""
+    try:
+        with library.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(ELF_HEADER.size)
+            if len(head) < ELF_HEADER.size or not head.startswith(b"\x7fELF"):
+                return "no ELF header"
+            if head[4] != ELF_64_BIT:
+                return ""
+            _, segments, sections, segment_size, segment_count, section_size, section_count = ELF_HEADER.unpack(head)
+            file.seek(segments)
+            table = file.read(segment_size * segment_count)
+    except FileNotFoundError:
+        return ""
+    if len(table) < segment_size * segment_count:
+        return "its table of segments is cut off"
+    needs = [sections + section_size * section_count]
+    if segment_size >= ELF_SEGMENT.size:
+        needs += [sum(ELF_SEGMENT.unpack_from(table, i * segment_size)) for i in range(segment_count)]
+    return f"{size} bytes of {max(needs)}" if size < max(needs) else ""

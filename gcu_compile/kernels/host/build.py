@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gcu_compile.cxx import compile_library as _compile
-from gcu_compile.cxx import find_compiler, version, writable
+from gcu_compile.cxx import find_compiler, version, what_is_missing, writable
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.options import resolve, watched
 
@@ -88,10 +88,13 @@ def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
     key = hashlib.sha256(_text(source) + repr((flags, version(compiler))).encode()).hexdigest()[:20]
     library = writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
     if library.exists():
+        reason = what_is_missing(library)
         try:
-            return ctypes.CDLL(str(library))
+            if not reason:
+                return ctypes.CDLL(str(library))
         except OSError as error:
-            log.warning("%s is damaged (%s); it is built again", library, error)
+            reason = str(error)
+        log.warning("%s is damaged (%s); it is built again", library, reason)
     _compile(compiler, flags, source, library)
     return ctypes.CDLL(str(library))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gcu_compile.cxx import compile_library, find_compiler, version, writable
+from gcu_compile.cxx import compile_library, find_compiler, version, what_is_missing, writable
 from gcu_compile.options import resolve
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,16 @@ def load() -> Path:
     key.update(repr((torch.__version__, torch.version.git_version, flags, version(compiler))).encode())
     folder = writable(resolve().effective_cache_dir() / "emulator")
     library = folder / f"gcu_emulator-torch{torch.__version__}-{key.hexdigest()[:20]}.so"
-    if not library.exists():
-        log.info("Building the emulated gcu device (some 10 seconds, once)")
-        compile_library(compiler, flags, HERE / "backend.cpp", library)
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        log.warning("%s is damaged (%s); it is built again", library, error)
-        compile_library(compiler, flags, HERE / "backend.cpp", library)
-        torch.ops.load_library(str(library))
+    if library.exists():
+        reason = what_is_missing(library)
+        try:
+            if not reason:
+                torch.ops.load_library(str(library))
+                return library
+        except OSError as error:
+            reason = str(error)
+        log.warning("%s is damaged (%s); it is built again", library, reason)
+    log.info("Building the emulated gcu device (some 10 seconds, once)")
+    compile_library(compiler, flags, HERE / "backend.cpp", library)
+    torch.ops.load_library(str(library))
     return library
