@@ -105,6 +105,17 @@ class Batch:
         return lambda: torch.ops.gcu.attention(q, k, v, scale=DIM**-0.5, causal=True)
 
 
+def encoder(heads: int, length: int, size: int, dtype: torch.dtype) -> dict:
+    """Attention of an encoder of images or sound: what vLLM calls, and what we put there."""
+    from vllm.v1.attention.ops.vit_attn_wrappers import apply_sdpa
+
+    from vllm_integration.attention import encode
+
+    q, k, v = torch.randn(3, 1, length, heads, size).to(dtype)
+    torch.testing.assert_close(encode(q, k, v), apply_sdpa(q, k, v), rtol=2e-2, atol=2e-2)
+    return {"ours": lambda: encode(q, k, v), "vLLM (torch SDPA)": lambda: apply_sdpa(q, k, v)}
+
+
 def writes(tokens: int) -> dict:
     """Rotary embedding and KV write of `tokens` tokens: ours in one pass, vLLM's pair of kernels."""
     from vllm import _custom_ops as ops
@@ -160,6 +171,9 @@ def main() -> None:
             "torch SDPA": prefill.sdpa(),
         },
     }
+    for name, sizes in {"Whisper small": (12, 1500, 64), "Qwen2-VL, 1024 patches": (16, 1024, 80)}.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            tables[f"encoder of {name}, {dtype}"] = encoder(*sizes, dtype)
     tables |= {f"rotary and KV write of {tokens} tokens": writes(tokens) for tokens in (16, 512)}
     results = {"read_bandwidth_gb_s": speed / 1e6}
     for title, functions in tables.items():

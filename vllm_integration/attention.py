@@ -148,6 +148,21 @@ def pages(kv_cache: torch.Tensor, k_size: int, v_size: int) -> dict[str, torch.T
     return found
 
 
+def encode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Bidirectional attention without a cache, as encoders of images and sound use it.
+
+    Args:
+        q: [batch, length, heads, head_size]. k, v: [batch, length, kv_heads, head_size].
+        scale: None: 1 / sqrt(head_size).
+
+    Returns:
+        [batch, length, heads, head_size].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.ops.gcu.attention(q, k, v, scale=scale).transpose(1, 2)
+
+
 class GcuAttentionImpl(AttentionImpl):
     """One layer."""
 

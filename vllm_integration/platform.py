@@ -109,6 +109,8 @@ class GcuHostPlatform(CpuPlatform):
         asked_async = vllm_config.scheduler_config.async_scheduling
         executor = vllm_config.parallel_config.distributed_executor_backend
         torch_wrap = config.ir_enable_torch_wrap
+        if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
+            versions.need_latent_attention()
         cache.choose(vllm_config)
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = "vllm_integration.worker.GcuHostWorker"

@@ -6,12 +6,16 @@ Each difference is told by what is there, not by a version number: a card's vend
     the name of an attention backend from outside     `register_attention`
     how a backend names its cache's layout and size   `cache_interface`
     stop tokens that `min_tokens` gives back          `stop_entry`
+    latent attention in a backend from outside        `need_latent_attention`
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
+
+from gcu_compile.errors import UnsupportedFeatureError
 
 SUPPORTED = ("0.26", "0.32")
 # Modules whose `serve_http` the API server calls, newest first; each release has one of them.
@@ -33,6 +37,19 @@ def register_attention(name: str, backend: str) -> str:
     if not hasattr(AttentionBackendEnum, name):
         register_backend(name, backend)
     return name
+
+
+def need_latent_attention() -> None:
+    """Raise where vLLM's layer of latent attention hands no backend from outside what ours needs: 0.26.
+
+    Raises:
+        UnsupportedFeatureError: names the ways on.
+    """
+    if not hasattr(importlib.import_module("vllm.model_executor.layers.attention.mla_attention"), "split_kv_b_proj"):
+        raise UnsupportedFeatureError(
+            "latent attention (MLA) on target host needs vLLM 0.32; this release serves it on the CPU with no backend. "
+            "Set VLLM_MLA_DISABLE=1, which makes keys and values of every latent and attends to those, or upgrade."
+        )
 
 
 def stop_entry(entry: tuple) -> tuple[int, list[int], set[int], bool]:

@@ -180,6 +180,22 @@ def skip_kernel_warmup() -> None:
     _once(gpu_worker, "kernel_warmup", make)
 
 
+def replace_encoder_attention(attend: Callable) -> None:
+    """`attend(q, k, v, scale)` instead of torch's SDPA in the encoders of images and sound.
+
+    Their layers choose among vLLM's own backends only; all of them on the CPU come to this function.
+    """
+    from vllm.v1.attention.ops import vit_attn_wrappers
+
+    def make(original):
+        def apply_sdpa(q, k, v, scale=None, enable_gqa=False):
+            return attend(q, k, v, scale)
+
+        return apply_sdpa
+
+    _once(vit_attn_wrappers, "apply_sdpa", make)
+
+
 def replace_slot_mapping(compute: Callable) -> None:
     """`compute(block_table, query_start_loc, positions, block_size, out)` instead of a Triton kernel."""
     from vllm.v1.worker.block_table import BlockTable

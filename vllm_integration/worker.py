@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.options import resolve
-from vllm_integration import cores
+from vllm_integration import cores, vllm_private
 from vllm_integration.behaviours import log
 from vllm_integration.lazy_memory import LazyZeros
 from vllm_integration.rejection_sampler import GcuRejectionSampler
@@ -22,6 +22,10 @@ class GcuHostWorker(CPUWorker):
         cores.bind(self.vllm_config)
         super().init_device()
         options = resolve()
+        if self.model_config.is_multimodal_model and options.attention != "vllm":
+            from vllm_integration.attention import encode
+
+            vllm_private.replace_encoder_attention(encode)
         if options.shadow != "off":
             from gcu_compile.debug import shadow  # a start from vLLM's cache never reaches the backend
 

@@ -64,7 +64,7 @@ def test_m_rope_with_and_without_an_image(images):
     reply, theirs = images
     assert reply["tokens"] == theirs["tokens"]
     assert far(reply["logprobs"], theirs["logprobs"]) < 1e-4
-    ran(reply, "paged_attention", "write_kv")
+    ran(reply, "paged_attention", "write_kv", "attention")
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_encoder_and_decoder(tmp_path):
     llm = {**LLM, "model": str(model), "skip_tokenizer_init": False, "max_model_len": 64}
     (reply,) = run(tmp_path / "run", [{"llm": llm, "prompts": asked, "sampling": SAMPLING}], **ENGINE)
     assert reply["tokens"] == whisper_says(model, asked)
-    ran(reply, "paged_attention", "write_kv")  # vLLM gives the encoder its own attention
+    ran(reply, "paged_attention", "write_kv", "attention")
 
 
 @pytest.mark.slow
