@@ -140,13 +140,14 @@ def test_killed_process_ends_the_server_with_an_error(victim, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_cache_by_the_command_line(model, server, tmp_path):
-    """`--kv-cache-dtype int8` reaches our backend, and answers as the float cache does but for the cache's rounding."""
-    of_float = [stream(server.client(), number) for number in range(4)] if server.process.poll() is None else None
-    quantised = Server(model, tmp_path, "--kv-cache-dtype", "int8")
+def test_an_int8_cache_by_the_command_line(model, tmp_path):
+    """`--kv-cache-dtype int8` reaches our backend, in one stream and in many."""
+    server = Server(model, tmp_path, "--kv-cache-dtype", "int8")
     try:
-        of_int8 = [stream(quantised.client(), number) for number in range(4)]
-        assert {reason for _, reason in of_int8} == {"length"} and all(text for text, _ in of_int8)
-        assert "Attention: GcuAttentionBackend (only it reads an int8 cache)" in quantised.log.read_text()
+        alone = [stream(server.client(), number) for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda number: stream(server.client(), number % 4), range(8)))
+        assert {reason for _, reason in alone} == {"length"} and together == alone * 2
+        assert "Attention: GcuAttentionBackend (only it reads an int8 cache)" in server.log.read_text()
     finally:
-        quantised.end()
+        server.end()
