@@ -61,6 +61,7 @@ def gcu(gm: torch.fx.GraphModule, example_inputs: list[Any], *, options: Mapping
             lowering,
             effective.cache,
             recording.learned,
+            recording.bypassed,
             provenance=bool(effective.dump),
             settings=inductor_settings(target, effective),
         )

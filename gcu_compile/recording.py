@@ -84,6 +84,11 @@ class Recording:
         here = re.compile(rf".*@{self.number}\.\d+")
         return sorted(name for name in self.options.disable_matches if here.fullmatch(name))
 
+    def bypassed(self, reason: str) -> None:
+        """Code of this graph is not found again, whatever the entry here holds."""
+        if self._entry:
+            self._entry.bypass = reason
+
     def lowered(self, report: GraphReport) -> list[Observer]:
         """A graph is about to be lowered, and will tell of it in `report`; what shall watch the lowering."""
         self.reports.append(report)
@@ -117,7 +122,8 @@ class Recording:
             self.seconds = self._split()
             if self._entry:
                 self.state = "miss"
-                self.reason = self.reason or "Inductor's own cache has no code for this key"
+                why = (self.reason, self._entry.bypass)
+                self.reason = "; ".join(filter(None, why)) or "Inductor's own cache has no code for this key"
                 self._save()
         self._finished = True
         if self._dump:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._functorch._aot_autograd import autograd_cache
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -229,6 +230,7 @@ def compile_with_inductor(
     lowering: Any,
     cache: bool,
     learn: Callable[[Generated], None],
+    bypassed: Callable[[str], None],
     provenance: bool = False,
     settings: Mapping[str, Any] | None = None,
 ):
@@ -238,6 +240,7 @@ def compile_with_inductor(
         lowering: a `CustomInferenceAwareGraphPass`; see `BeforeInductorsPasses` for when it runs.
         cache: whether Inductor keeps and reuses its artifacts.
         learn: called with what was generated for each graph; not called when the cache held the whole.
+        bypassed: called with the reason when the cache is not asked although it should be, or cannot keep the code.
         provenance: let Inductor record which nodes each kernel computes.
         settings: Inductor settings that the target needs.
     """
@@ -258,7 +261,35 @@ def compile_with_inductor(
         _learn_from(result, graph_module, learn)
         return result
 
-    return compile_fx(gm, example_inputs, inner_compile=compile_and_learn, config_patches=patches)
+    with telling_bypasses(bypassed) if cache else contextlib.nullcontext():
+        return compile_fx(gm, example_inputs, inner_compile=compile_and_learn, config_patches=patches)
+
+
+@contextlib.contextmanager
+def telling_bypasses(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call `tell` with the reason where a graph compiled inside goes past AOTAutograd's cache.
+
+    That cache alone saves the lowering: Inductor's own is asked with the lowered graph.
+    """
+    original, counts = autograd_cache.autograd_cache_key, torch._dynamo.utils.counters["aot_autograd"]
+    before, asked, told = Counter(counts), False, False
+
+    def key(*args: Any, **kwargs: Any):
+        nonlocal asked, told
+        asked = True
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            told = True
+            tell(f"AOTAutograd's cache was bypassed: {str(error).strip().splitlines()[0]}")
+            raise
+
+    with mock.patch.object(autograd_cache, "autograd_cache_key", key):
+        yield
+    if not asked:
+        tell("AOTAutograd's cache is switched off")
+    elif not told and counts["autograd_cache_bypass"] > before["autograd_cache_bypass"]:
+        tell("AOTAutograd's cache could not keep the code; TORCH_LOGS=+aot says why")
 
 
 def _learn_from(result: Any, graph_module: torch.fx.GraphModule, learn: Callable[[Generated], None]) -> None:

@@ -9,20 +9,23 @@ from gcu_compile.cache.key import differences
 from gcu_compile.cache.store import Entry
 
 
+FIRST = "the first compilation of this graph in this cache"
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """Why `entry` was a miss: `nearest`, the older entry most like it, differs in `changed` (ingredient -> old, new).
-    `nearest` is empty for the first compilation of its graph."""
+    `nearest` is empty for the first compilation of its graph. `bypass`: why it will be one again, whatever its key."""
 
     entry: str
     nearest: str
     changed: dict[str, tuple[Any, Any]]
+    bypass: str = ""
 
     def __str__(self) -> str:
-        if not self.nearest:
-            return f"{self.entry[:12]}: the first compilation of this graph in this cache"
         names = ", ".join(self.changed) or "nothing: an older entry was lost or damaged"
-        return f"{self.entry[:12]}: differs from {self.nearest[:12]} in {names}"
+        why = f"differs from {self.nearest[:12]} in {names}" if self.nearest else FIRST
+        return f"{self.entry[:12]}: {why}" + (f"; a miss every time: {self.bypass}" if self.bypass else "")
 
 
 def diagnose(entry: Entry, entries: list[Entry]) -> Diagnosis:
@@ -37,6 +40,6 @@ def diagnose(entry: Entry, entries: list[Entry]) -> Diagnosis:
         if other.key != entry.key and other.created <= entry.created and other.ingredients["graph"]["name"] == name
     ]
     if not older:
-        return Diagnosis(entry.key, "", {})
+        return Diagnosis(entry.key, "", {}, entry.bypass)
     _, _, key, changed = min(older, key=lambda candidate: candidate[:3])
-    return Diagnosis(entry.key, key, changed)
+    return Diagnosis(entry.key, key, changed, entry.bypass)

@@ -48,6 +48,7 @@ class Entry:
         kernels: what each graph's code calls, see `gcu_compile.generated`.
         seconds: part of the compilation -> wall time.
         dump: the text of every stage, or None when it was compiled without a dump.
+        bypass: why torch does not find the code again, so that every compilation is a miss; empty where it does.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Entry:
     kernels: list[list[dict[str, Any]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     dump: list[dict[str, Any]] | None = None
+    bypass: str = ""
 
 
 class Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def list_entries(folder: Folder = None, json_file: JsonFile = None) -> None:
             "kernels": sum(map(len, entry.kernels)),
             "seconds": entry.seconds.get("total", 0.0),
             "bytes": store.path(entry.key).stat().st_size,
+            "bypass": entry.bypass,
         }
         for entry in entries
     ]
@@ -53,7 +55,8 @@ def list_entries(folder: Folder = None, json_file: JsonFile = None) -> None:
         table.add_row(row["key"][:12], _when(row["created"]), row["graph"], row["target"], *numbers)
     console = Console()
     console.print(table if rows else f"no entries in {store.folder}", soft_wrap=not rows)
-    for name, reason in damaged.items():
+    bypassed = {row["key"][:12]: f"a miss every time: {row['bypass']}" for row in rows if row["bypass"]}
+    for name, reason in (bypassed | damaged).items():
         console.print(f"{name}: {reason}", style="yellow", highlight=False)
 
 
@@ -83,10 +86,10 @@ def explain(
     entries, _ = store.entries()
     if not entries and not key:
         typer.echo(f"no entries in {store.folder}")
-        write_json(json_file, {"schema": 1, "entry": "", "nearest": "", "changed": {}})
+        write_json(json_file, {"schema": 1, "entry": "", "nearest": "", "changed": {}, "bypass": ""})
         return
     found: Diagnosis = diagnose(store.find(key) if key else entries[0], entries)
-    write_json(json_file, {"schema": 1, "entry": found.entry, "nearest": found.nearest, "changed": found.changed})
+    write_json(json_file, {"schema": 1, **asdict(found)})
     console = Console()
     console.print(str(found), soft_wrap=True, highlight=False)
     if found.changed:

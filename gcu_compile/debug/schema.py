@@ -177,6 +177,7 @@ class CacheEntry(Strict):
     kernels: int = Field(description="different kernels")
     seconds: float = Field(description="that its compilation took")
     bytes: int = Field(description="of its file")
+    bypass: str = Field(description="why torch does not find the code again: a miss every time; empty where it does")
 
 
 class CacheList(Strict):
@@ -204,6 +205,7 @@ class CacheExplain(Strict):
     entry: str = Field(description="key; empty when the cache is")
     nearest: str = Field(description="key of the older entry most like it; empty for the first of its graph")
     changed: dict[str, tuple[Any, Any]] = Field(description="ingredient -> old value, new value")
+    bypass: str = Field(description="why torch does not find the code again: a miss every time; empty where it does")
 
 
 class CacheClear(Strict):

@@ -55,6 +55,17 @@ def test_explain_takes_the_newest(cache):
     assert "the first compilation" in result.stdout and report["nearest"] == ""
 
 
+def test_a_bypass_is_told(cache, tmp_path):
+    store, reason = Store(tmp_path / "cache"), "AOTAutograd's cache was bypassed: a reason"
+    entry = Entry("dddd", {"target": "host", "graph": {"name": "g", "hash": "h"}}, bypass=reason)
+    store.save(entry)
+    result, report = cache("list")
+    assert f"dddd: a miss every time: {reason}" in result.stdout.replace("\n", " ")
+    assert [one["bypass"] for one in report["entries"]] == [reason, "", ""]
+    result, report = cache("explain", "dd")
+    assert f"a miss every time: {reason}" in result.stdout and report["bypass"] == reason
+
+
 def test_clear(cache):
     result, report = cache("clear")
     assert report["removed"] == 3 and "3 entries removed" in result.stdout

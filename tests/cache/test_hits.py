@@ -100,6 +100,31 @@ def test_lost_code_is_a_miss_with_a_reason(compiled, tmp_path, monkeypatch):
     assert again.state == "miss" and "Inductor's own cache" in again.reason
 
 
+@torch._dynamo.allow_in_graph
+def opaque(x):
+    return x.sin()
+
+
+def test_a_bypass_of_autograds_cache_is_a_miss_with_a_reason(compiled, tmp_path):
+    """torch looks a graph up only if it knows all that the graph calls."""
+    first, again = (compiled(lambda x: opaque(x) * 2) for _ in range(2))
+    assert (first.state, again.state) == ("miss", "miss") and first.key == again.key
+    assert first.reason.startswith("no entry with this key; AOTAutograd's cache was bypassed: Unsupported")
+    assert again.reason.startswith("AOTAutograd's cache was bypassed: Unsupported") and "opaque" in again.reason
+    assert again.reports[0].matches == first.reports[0].matches and again.kernels == first.kernels
+    entries, _ = Store(tmp_path / "cache").entries()
+    assert [entry.bypass for entry in entries] == [again.reason]
+    assert f"a miss every time: {again.reason}" in str(diagnose(entries[0], entries))
+
+
+def test_a_cache_that_is_switched_off_in_torch_is_named(compiled):
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        reasons = [compiled().reason for _ in range(2)]
+    assert reasons[1] == "AOTAutograd's cache is switched off" and reasons[0].endswith(f"; {reasons[1]}")
+    assert compiled().reason == "Inductor's own cache has no code for this key"
+    assert compiled().state == "hit"
+
+
 def test_backward_graphs_are_kept_too(compiled):
     found = []
     for _ in range(2):
