@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gcu_compile.kernels.dequant_gemm import eager
-from gcu_compile.lowering import probe
+from gcu_compile.lowering import fakes, probe
 from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_size, value_of
 from gcu_compile.lowering.rules.quantised_weight import Weight, placed, recover
 
@@ -49,8 +49,7 @@ def _call(graph: torch.fx.Graph):
 
     def call(target, *args, **kwargs):
         node = graph.call_function(target, args, kwargs)
-        known_args, known_kwargs = torch.fx.node.map_arg((args, kwargs), value_of)
-        node.meta["val"] = target(*known_args, **known_kwargs)
+        fakes.compute(node)
         return node
 
     return call
@@ -58,14 +57,12 @@ def _call(graph: torch.fx.Graph):
 
 def _build_linear(graph, node, match: Linear):
     call, weight, n = _call(graph), match.weight, value_of(node).shape[-1]
-    with value_of(node).fake_mode:
-        scales = placed(weight.scales.source, weight.scales, n, 0, call)
-        zeros = weight.zeros and placed(weight.zeros.source, weight.zeros, n, weight.zero_offset, call)
-        bias = match.bias
-        if zeros is not None and value_of(zeros).shape[0] != value_of(scales).shape[0]:
-            zeros = call(aten.expand.default, zeros, list(value_of(scales).shape))
-        arguments = (match.x, weight.node, scales, zeros, weight.g_idx, bias)
-        return call(gcu.dequant_gemm.default, *arguments, layout=weight.layout)
+    scales = placed(weight.scales.source, weight.scales, n, 0, call)
+    zeros = weight.zeros and placed(weight.zeros.source, weight.zeros, n, weight.zero_offset, call)
+    if zeros is not None and value_of(zeros).shape[0] != value_of(scales).shape[0]:
+        zeros = call(aten.expand.default, zeros, list(value_of(scales).shape))
+    arguments = (match.x, weight.node, scales, zeros, weight.g_idx, match.bias)
+    return call(gcu.dequant_gemm.default, *arguments, layout=weight.layout)
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,24 @@ def _int_product(node: torch.fx.Node):
         shape = value_of(factor).shape
         if factor is per_row:
             continue
-        if value_of(factor).numel() not in (1, n) or not all(same_size(size, 1) for size in shape[:-1]):
+        leading = all(same_size(size, 1) for size in shape[:-1])
+        if not leading or not (_single(factor) or same_size(shape[-1], n)):
             return Refusal(f"a factor of shape {list(shape)} is no scale of tokens or outputs", near=True)
         if per_output is None:
             per_output = factor
-        elif per_row is None and 1 in (value_of(factor).numel(), value_of(per_output).numel()):
+        elif per_row is None and (_single(factor) or _single(per_output)):
             # Two scales without rows: the one of a single value belongs to the activations.
-            per_row, per_output = sorted((factor, per_output), key=lambda f: value_of(f).numel())
+            per_row, per_output = sorted((factor, per_output), key=_single, reverse=True)
         else:
             return Refusal("more than one scale per output", near=True)
     if per_output is None:
         return Refusal("there is no scale of the outputs", near=True)
     return Integers(x, weight, layout, per_row, per_output)
+
+
+def _single(node: torch.fx.Node) -> bool:
+    """Whether it is known to hold one value."""
+    return all(same_size(size, 1) for size in value_of(node).shape)
 
 
 def _product_under(node):
@@ -172,20 +175,22 @@ def _stored(matrix):
 
 
 def _build_integers(graph, node, match: Integers):
-    call, n = _call(graph), value_of(node).shape[-1]
-    with value_of(node).fake_mode:
-        size = value_of(match.scales).numel()
-        scales = call(aten.view.default, match.scales, [1, int(size)])
-        if size != n:
-            scales = call(aten.expand.default, scales, [1, n])
-        if match.x_scales is None:
-            x_scales = call(aten.full.default, [1], 1.0, dtype=torch.float32, device=value_of(node).device)
-        else:
-            x_scales = match.x_scales
-            if value_of(x_scales).dim() != 2 or not same_size(value_of(x_scales).shape[0], value_of(match.x).shape[0]):
-                x_scales = call(aten.view.default, x_scales, [1])
-        arguments = (_uncast(match.x), match.weight, scales, x_scales)
-        return call(gcu.int8_gemm.default, *arguments, layout=match.layout, out_dtype=value_of(node).dtype)
+    call, n, scales, x_scales = _call(graph), value_of(node).shape[-1], match.scales, match.x_scales
+    if _single(scales):
+        if not isinstance(n, int):
+            n = call(aten.sym_size.int, match.weight, 0 if match.layout == "int8_rows" else 1)
+        scales = call(aten.expand.default, call(aten.view.default, scales, [1, 1]), [1, n])
+    else:
+        while value_of(scales).dim() > 2:
+            scales = call(aten.squeeze.dim, scales, 0)
+        if value_of(scales).dim() == 1:
+            scales = call(aten.unsqueeze.default, scales, 0)
+    if x_scales is None:
+        x_scales = call(aten.full.default, [1], 1.0, dtype=torch.float32, device=value_of(node).device)
+    elif value_of(x_scales).dim() != 2 or not same_size(value_of(x_scales).shape[0], value_of(match.x).shape[0]):
+        x_scales = call(aten.view.default, x_scales, [1])
+    arguments = (_uncast(match.x), match.weight, scales, x_scales)
+    return call(gcu.int8_gemm.default, *arguments, layout=match.layout, out_dtype=value_of(node).dtype)
 
 
 RULES: tuple[Rule, ...] = (
