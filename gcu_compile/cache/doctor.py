@@ -8,7 +8,6 @@ from typing import Any
 from gcu_compile.cache.key import differences
 from gcu_compile.cache.store import Entry
 
-
 FIRST = "the first compilation of this graph in this cache"
 
 

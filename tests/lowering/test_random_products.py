@@ -1,4 +1,4 @@
-"""Random graphs around the integer product and its scales: always the result of float64, and what is not fused says why."""
+"""Random graphs around the integer product and its scales: always the result of float64; what is not fused says why."""
 
 from collections import Counter
 
