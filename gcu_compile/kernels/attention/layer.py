@@ -156,7 +156,7 @@ class Layer:
             torch.ops.gcu.write_kv(k[: step.slots], v[: step.slots], step.slot_mapping, **self.written)
             return
         self._write.update(0, 0, 0, k.data_ptr(), k_at[0], v.data_ptr(), v_at[0], step.slots, 0,
-                           step.slot_mapping.data_ptr(), step.threads)  # fmt: skip
+                           step.slot_mapping.data_ptr(), step.threads, 0, 0)  # fmt: skip
         registry.calls["write_kv", "host_cpp"] += 1
         if build.load("rope").gcu_rope_and_cache(self._write.pointer):  # a slot out of range: which?
             write.values(step.slot_mapping, self.caches["k_cache"])

@@ -11,6 +11,11 @@ from gcu_compile.kernels.host import rope as host
 from gcu_compile.kernels.triton import rope_and_cache as triton
 from gcu_compile.options import debug_checks
 
+NAME = "rope_and_cache"
+# Layers whose arguments `_prepare` keeps, a few hundred bytes each.
+MOST_PREPARED = 1024
+_prepared: dict[tuple, host.Prepared] = {}
+
 SCHEMA = (
     "(Tensor qkv, Tensor cos_sin, Tensor? positions, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? q_norm=None, Tensor? k_norm=None, Tensor? k_scale=None, Tensor? v_scale=None, "
@@ -25,37 +30,47 @@ def heads_of(qkv, k_cache, v_cache) -> int:
     return (qkv.shape[1] - kv_heads * (head_dim + v_dim)) // head_dim
 
 
-def check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, k_scale=None,
-          v_scale=None, k_zero_point=None, v_zero_point=None, k_scale_cache=None, v_scale_cache=None, *,
-          interleaved=False, eps=1e-6) -> None:  # fmt: skip
+def check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, *scales,
+          interleaved=False, eps=1e-6, **more_scales) -> None:  # fmt: skip
     """Raise `InvalidInputError` for shapes and dtypes that have no meaning. Reads no values."""
-    op = "rope_and_cache"
+    check_layer(qkv, cos_sin, k_cache, v_cache, *scales, **more_scales)
+    check_step(qkv, cos_sin.shape[0], positions, slot_mapping, k_cache.shape[3], q_norm, k_norm)
+
+
+def check_layer(qkv, cos_sin, k_cache, v_cache, k_scale=None, v_scale=None, k_zero_point=None, v_zero_point=None,
+                k_scale_cache=None, v_scale_cache=None) -> None:  # fmt: skip
+    """The part of `check` that depends on the caches, their scales, `cos_sin`, and dtype and row size of `qkv`."""
     if qkv.dim() != 2 or qkv.dtype not in checks.FLOATS:
-        raise checks.invalid(op, "qkv", f"{qkv.dtype} {tuple(qkv.shape)}", "floats [tokens, q + k + v sizes]")
-    checks.cache(op, "k_cache", k_cache)
-    checks.cache(op, "v_cache", v_cache)
+        raise checks.invalid(NAME, "qkv", f"{qkv.dtype} {tuple(qkv.shape)}", "floats [tokens, q + k + v sizes]")
+    checks.cache(NAME, "k_cache", k_cache)
+    checks.cache(NAME, "v_cache", v_cache)
     kv_heads, head_dim, v_dim = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
     if v_cache.shape[:3] != k_cache.shape[:3] or v_cache.dtype != k_cache.dtype:
         is_ = f"{v_cache.dtype} {tuple(v_cache.shape)}"
-        raise checks.invalid(op, "v_cache", is_, f"{k_cache.dtype} {tuple(k_cache.shape[:3])} and any head size")
+        raise checks.invalid(NAME, "v_cache", is_, f"{k_cache.dtype} {tuple(k_cache.shape[:3])} and any head size")
     heads = heads_of(qkv, k_cache, v_cache)
     if heads < 1 or heads * head_dim + kv_heads * (head_dim + v_dim) != qkv.shape[1] or heads % kv_heads:
         expected = f"(heads + {kv_heads}) * {head_dim} + {kv_heads} * {v_dim}, heads a multiple of {kv_heads}"
-        raise checks.invalid(op, "qkv's row", qkv.shape[1], expected)
+        raise checks.invalid(NAME, "qkv's row", qkv.shape[1], expected)
     rotary = cos_sin.shape[-1]
     if cos_sin.dim() != 2 or rotary % 2 or not 0 <= rotary <= head_dim:
-        raise checks.invalid(op, "cos_sin", cos_sin.shape, f"[rows, even size up to {head_dim}]")
-    if positions is not None and (positions.shape != qkv.shape[:1] or positions.dtype != torch.int64):
-        raise checks.invalid(op, "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int64 [{qkv.shape[0]}]")
-    if positions is None and cos_sin.shape[0] < qkv.shape[0]:
-        raise checks.invalid(op, "cos_sin", cos_sin.shape, f"{qkv.shape[0]} rows, one per token, without positions")
-    if slot_mapping.shape != qkv.shape[:1] or slot_mapping.dtype != torch.int64:
+        raise checks.invalid(NAME, "cos_sin", cos_sin.shape, f"[rows, even size up to {head_dim}]")
+    sides(NAME, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache)
+
+
+def check_step(qkv, rows, positions, slot_mapping, head_dim, q_norm=None, k_norm=None) -> None:
+    """The rest of `check`: what the tokens of a call bring. `rows`: of `cos_sin`."""
+    tokens = qkv.shape[:1]
+    if positions is not None and (positions.shape != tokens or positions.dtype != torch.int64):
+        raise checks.invalid(NAME, "positions", f"{positions.dtype} {tuple(positions.shape)}", f"int64 [{tokens[0]}]")
+    if positions is None and rows < tokens[0]:
+        raise checks.invalid(NAME, "cos_sin's rows", rows, f"{tokens[0]} rows, one per token, without positions")
+    if slot_mapping.shape != tokens or slot_mapping.dtype != torch.int64:
         is_ = f"{slot_mapping.dtype} {tuple(slot_mapping.shape)}"
-        raise checks.invalid(op, "slot_mapping", is_, f"int64 [{qkv.shape[0]}]")
+        raise checks.invalid(NAME, "slot_mapping", is_, f"int64 [{tokens[0]}]")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and norm.shape != (head_dim,):
-            raise checks.invalid(op, name, norm.shape, f"[{head_dim}]")
-    sides(op, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache)
+            raise checks.invalid(NAME, name, norm.shape, f"[{head_dim}]")
 
 
 def sides(op, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache, v_scale_cache) -> None:
@@ -174,11 +189,11 @@ def eager(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, 
 
 def values(qkv, cos_sin, positions, slot_mapping, k_cache) -> None:
     """Raise `InvalidInputError` for slots and positions out of range. Copies them to the CPU."""
-    checks.slot_values("rope_and_cache", slot_mapping, k_cache.shape[0] * k_cache.shape[2])
+    checks.slot_values(NAME, slot_mapping, k_cache.shape[0] * k_cache.shape[2])
     for token, row in enumerate(() if positions is None else positions.tolist()):
         if not 0 <= row < cos_sin.shape[0]:
             expected = f"a row from 0 to {cos_sin.shape[0] - 1}"
-            raise checks.invalid("rope_and_cache", f"positions[{token}]", row, expected)
+            raise checks.invalid(NAME, f"positions[{token}]", row, expected)
 
 
 def fake(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs) -> torch.Tensor:
@@ -194,12 +209,36 @@ def _refuses_host(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwarg
     return host.refuses(qkv, k_cache, cos_sin)
 
 
-def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs) -> torch.Tensor:
-    check(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs)
+def _prepare(qkv, *layer, **settings) -> host.Prepared:
+    """Check what a layer brings and convert it, unless the last calls met the same: that is two thirds of a short call.
+
+    The result follows from the key: where the tensors lie, their dtypes, shapes and strides, never their values.
+    """
+    places = [None if x is None else (x.data_ptr(), x.dtype, x.shape, x.stride()) for x in layer]
+    key = qkv.dtype, qkv.shape[1:], *places, *settings.items()
+    prepared = _prepared.get(key)
+    if prepared is None:
+        check_layer(qkv, *layer)
+        cos_sin, k_cache, v_cache, *_ = layer
+        if cos_sin.stride(1) != 1:
+            layer = (cos_sin.contiguous(), *layer[1:])
+        prepared = host.Prepared(qkv.dtype, heads_of(qkv, k_cache, v_cache), *layer, **settings)
+        if not prepared.converted and layer[0] is cos_sin:
+            if len(_prepared) >= MOST_PREPARED:
+                _prepared.clear()
+            _prepared[key] = prepared
+    return prepared
+
+
+def _run_host(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, k_scale=None,
+              v_scale=None, k_zero_point=None, v_zero_point=None, k_scale_cache=None, v_scale_cache=None, *,
+              interleaved=False, eps=1e-6) -> torch.Tensor:  # fmt: skip
+    prepared = _prepare(qkv, cos_sin, k_cache, v_cache, k_scale, v_scale, k_zero_point, v_zero_point, k_scale_cache,
+                        v_scale_cache, interleaved=interleaved, eps=eps)  # fmt: skip
+    check_step(qkv, prepared.rows, positions, slot_mapping, prepared.head_dim, q_norm, k_norm)
     if debug_checks():
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
-    heads = heads_of(qkv, k_cache, v_cache)
-    out = host.run(qkv, heads, cos_sin, positions, slot_mapping, k_cache, v_cache, *args, **kwargs)
+    out = host.run(prepared, qkv, positions, slot_mapping, q_norm, k_norm)
     if out is None:  # the kernel met a slot or a position out of range: the check that names it
         values(qkv, cos_sin, positions, slot_mapping, k_cache)
     return out
@@ -216,6 +255,6 @@ HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
 OP = registry.register(
     registry.FusedOp(
-        "rope_and_cache", SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_slots, code_steps=1
+        NAME, SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_slots, code_steps=1
     )
 )

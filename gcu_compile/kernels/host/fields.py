@@ -21,10 +21,16 @@ class Fields:
         self.step, self.names = tuple(step.split()), (*step.split(), *layer.split())
         formats = ["d" if name in doubles else "q" for name in self.names]
         self._all, self._step = struct.Struct("".join(formats)), struct.Struct("".join(formats[: len(self.step)]))
+        #: `pack_step(*values)`: the step's fields, all of them, in their order; `pack_layer` gives what follows them.
+        self.pack_step = self._step.pack
 
     def pack(self, values: Mapping[str, float]) -> bytes:
         """All fields; those that `values` lacks are 0 (a null pointer)."""
         return self._all.pack(*map(values.get, self.names, repeat(0)))
+
+    def pack_layer(self, values: Mapping[str, float]) -> bytes:
+        """The layer's fields; those that `values` lacks are 0."""
+        return self.pack(values)[self._step.size :]
 
     def kept(self, values: Mapping[str, float]) -> Kept:
         """All fields, in memory that `Kept.update` writes the step's part of."""

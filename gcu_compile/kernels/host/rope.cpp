@@ -58,12 +58,12 @@ struct Arguments {
   int64_t tokens;
   const int64_t *positions, *slots;  // positions: null: row t is token t
   int64_t threads;
+  const float *q_norm, *k_norm;
   // What a layer keeps.
   int64_t heads, kv_heads;
   Side k, v;
   const void* cos_sin;  // [rows, rotary], `cos_sin_stride` from row to row
   int64_t cos_sin_stride, rows, rotary, block_size, slot_count;
-  const float *q_norm, *k_norm;
   double eps;
   int64_t interleaved, dtype, cache_dtype, cos_sin_dtype;
 };
@@ -146,7 +146,7 @@ void rotate_through(const T* from, T* to, const float* cos, const float* sin, in
     Vec a = load(from + i), b = load(from + half + i), c = load(cos + i), s = load(sin + i);
     store(to + i, a * c - b * s), store(to + half + i, b * c + a * s);
   }
-  std::memcpy(to + 2 * half, from + 2 * half, (n - 2 * half) * sizeof(T));
+  if (2 * half < n) std::memcpy(to + 2 * half, from + 2 * half, (n - 2 * half) * sizeof(T));
 }
 
 // Whether the way of a head is `rotate_through`: rotation in halves, no norm, nothing to quantise or convert.

@@ -16,12 +16,11 @@ SIDE = (
 )
 # `struct Arguments` of rope.cpp, field by field.
 FIELDS = Fields(
-    "q q_out q_stride k k_stride v v_stride tokens positions slots threads",
+    "q q_out q_stride k k_stride v v_stride tokens positions slots threads q_norm k_norm",
     "heads kv_heads "
     + SIDE.format("k")
     + SIDE.format("v")
-    + "cos_sin cos_sin_stride rows rotary block_size slot_count q_norm k_norm eps interleaved "
-    "dtype cache_dtype cos_sin_dtype",
+    + "cos_sin cos_sin_stride rows rotary block_size slot_count eps interleaved dtype cache_dtype cos_sin_dtype",
     doubles=("eps",),
 )
 
@@ -86,41 +85,46 @@ def run_write(k, v, slot_mapping, k_cache, v_cache, *scales, **more_scales) -> b
     return build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0
 
 
-def run(qkv, heads, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm=None, k_norm=None, *scales,
-        interleaved=False, eps=1e-6, **more_scales) -> torch.Tensor | None:  # fmt: skip
+class Prepared:
+    """The layer's fields of `gcu::rope_and_cache`, which follow from where and how its tensors lie.
+
+    Args:
+        dtype, heads: of the queries.
+        others: as for `gcu::rope_and_cache`.
+    """
+
+    def __init__(self, dtype, heads, cos_sin, k_cache, v_cache, *scales, interleaved=False, eps=1e-6):
+        fields, held = write_fields(dtype, k_cache, v_cache, *scales)
+        self.rows, rotary = cos_sin.shape
+        fields |= {
+            "heads": heads,
+            "cos_sin": cos_sin.data_ptr(),
+            "cos_sin_stride": cos_sin.stride(0),
+            "rows": self.rows,
+            "rotary": rotary,
+            "eps": eps,
+            "interleaved": interleaved,
+            "cos_sin_dtype": DTYPES[cos_sin.dtype],
+        }
+        self.packed, self.heads, self.head_dim = FIELDS.pack_layer(fields), heads, k_cache.shape[3]
+        self.k_at = heads * self.head_dim * dtype.itemsize
+        self.v_at = self.k_at + fields["kv_heads"] * self.head_dim * dtype.itemsize
+        # Scales that had to be converted live here, and their values may change: not to be used for another call.
+        self.converted = [x for x, given in zip(held, (k_cache, v_cache, *scales), strict=False) if x is not given]
+
+
+def run(prepared: Prepared, qkv, positions, slot_mapping, q_norm, k_norm) -> torch.Tensor | None:
     """`gcu::rope_and_cache`; see `attention/rope.py`. None: a slot or position is out of range, nothing is written."""
-    fields, _held = write_fields(qkv.dtype, k_cache, v_cache, *scales, **more_scales)
-    tokens, head_dim, stride = qkv.shape[0], fields["k_size"], qkv.stride()
-    if stride[1] != 1:
+    tokens, (stride, inner) = qkv.shape[0], qkv.stride()
+    if inner != 1:
         qkv = qkv.contiguous()
-        stride = qkv.stride()
-    out = qkv.new_empty(tokens, heads, head_dim)
-    slots, cos_sin = slot_mapping.contiguous(), cos_sin if cos_sin.stride(1) == 1 else cos_sin.contiguous()
-    positions = None if positions is None else positions.contiguous()
+        stride = qkv.stride(0)
+    out = qkv.new_empty((tokens, prepared.heads, prepared.head_dim))
+    slots, positions = slot_mapping.contiguous(), None if positions is None else positions.contiguous()
     q_norm, k_norm = floats(q_norm), floats(k_norm)
-    rows, rotary = cos_sin.shape
-    address, value = qkv.data_ptr(), qkv.element_size()
-    k_address = address + heads * head_dim * value
-    fields |= {
-        "q": address,
-        "q_out": out.data_ptr(),
-        "q_stride": stride[0],
-        "k": k_address,
-        "k_stride": stride[0],
-        "v": k_address + fields["kv_heads"] * head_dim * value,
-        "v_stride": stride[0],
-        "tokens": tokens,
-        "positions": pointer(positions),
-        "slots": slots.data_ptr(),
-        "heads": heads,
-        "cos_sin": cos_sin.data_ptr(),
-        "cos_sin_stride": cos_sin.stride(0),
-        "rows": rows,
-        "rotary": rotary,
-        "q_norm": pointer(q_norm),
-        "k_norm": pointer(k_norm),
-        "eps": eps,
-        "interleaved": interleaved,
-        "cos_sin_dtype": DTYPES[cos_sin.dtype],
-    }
-    return out if build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0 else None
+    q = qkv.data_ptr()
+    step = FIELDS.pack_step(
+        q, out.data_ptr(), stride, q + prepared.k_at, stride, q + prepared.v_at, stride, tokens, pointer(positions),
+        slots.data_ptr(), torch.get_num_threads(), pointer(q_norm), pointer(k_norm),
+    )  # fmt: skip
+    return None if build.load("rope").gcu_rope_and_cache(step + prepared.packed) else out
