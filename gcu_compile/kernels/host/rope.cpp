@@ -16,7 +16,7 @@
 namespace {
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t LARGEST_HEAD = 1024;
-constexpr int64_t WAKE = 2048;  // fewer heads take less time than waking other threads
+constexpr int64_t WAKE = 512;  // fewer heads take less time than waking other threads
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
