@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,22 @@ def rows(entry: dict[str, Any]) -> list[str]:
     return lines
 
 
+def gathers(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of the second table: what no slice moves, and why; accesses alike are one line."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for entry in results:
+        for graph, one in entry.get("graphs", {}).items():
+            for access in one["totals"]["gathers"]:
+                tile = f"{'x'.join(map(str, access['shape']))} {access['element']}"
+                why = re.sub(r" \(line \d+\)|^tt\.(load|store) of \S+: ", "", access["why"])
+                found.setdefault((entry["model"], tile, why), []).append(f"{entry['weights']} {graph}")
+    lines = []
+    for (model, tile, why), places in found.items():
+        each = ", ".join(f"{count} in {place}" for place, count in Counter(places).items())
+        lines.append(f"| {model} | {tile} | {each} | {why} |")
+    return lines
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +119,8 @@ def main() -> None:
             print("\n".join(rows(results[-1])), flush=True)
             if given.json:
                 given.json.write_text(json.dumps(results, indent=1))
+    print("\n| model | tile that is gathered | accesses | why |\n|---|---|---|---|")
+    print("\n".join(gathers(results)))
 
 
 if __name__ == "__main__":

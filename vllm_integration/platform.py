@@ -108,8 +108,8 @@ class GcuHostPlatform(CpuPlatform):
         asked_mode, asked_backend = config.mode, config.backend
         asked_async = vllm_config.scheduler_config.async_scheduling
         executor = vllm_config.parallel_config.distributed_executor_backend
-        torch_wrap = config.ir_enable_torch_wrap
-        if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
+        torch_wrap, model = config.ir_enable_torch_wrap, vllm_config.model_config
+        if model is not None and model.use_mla:
             versions.need_latent_attention()
         cache.choose(vllm_config)
         if vllm_config.parallel_config.worker_cls == "auto":
@@ -121,7 +121,7 @@ class GcuHostPlatform(CpuPlatform):
             setattr(getattr(vllm_config, part), name, value)
         if mla and not mla.cache_config.user_specified_block_size:
             mla.cache_config.block_size = 128  # vLLM's default for every other model on this platform
-        if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
+        if model is not None and (model.use_mla or model.is_deepseek_mla):  # the latter with VLLM_MLA_DISABLE=1, too
             compilation.rotate_in_plain_torch(config)
         cores.keep_in_process(executor, vllm_config.parallel_config)
         if asked_async:

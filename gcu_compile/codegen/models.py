@@ -19,9 +19,9 @@ from gcu_compile.errors import CheckpointError, UnknownNameError, UnsupportedFea
 FORMATS = ("bf16", "fp16", "w4a16")
 GROUP_SIZE = 128
 LAYOUT = "gptq_int4"
-# Modules whose weights stay 16-bit in a 4-bit checkpoint: the head, and what chooses experts.
 # Models that build their mask from the sequence's length (ALiBi): their cache grows by concatenation.
 GROWING = ("bloom",)
+# Modules whose weights stay 16-bit in a 4-bit checkpoint: the head, and what chooses experts.
 KEPT = ("lm_head", "gate", "embed_out")
 
 

@@ -43,8 +43,7 @@ class Cost:
     bytes_read, bytes_written: DRAM traffic in bytes, masked elements included. dot_operations: multiplications and
     additions. vector_operations: elementwise results, in f32 equivalents. slices, gathered: DMA slices and gathered
     elements. times: microseconds by bound. gathered_bytes: of the traffic, what was gathered. unknown_loops: source
-    lines of loops counted once, because their length
-    is not known from the constants and `values`.
+    lines of loops counted once, because their length is not known from the constants and `values`.
     """
 
     bytes_read: int

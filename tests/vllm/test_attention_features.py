@@ -117,6 +117,19 @@ def test_drafts_are_verified_as_greedy_decoding(kind, settings, op, tmp_path):
 
 
 @pytest.mark.slow
+def test_latent_attention_switched_off(tmp_path):
+    """`VLLM_MLA_DISABLE=1`, the way for vLLM 0.26: keys and values are made of the latents, and cached."""
+    model = save(tmp_path / "model", "DeepseekV2Config", LATENT)
+    sampling = {**SAMPLING, "prompt_logprobs": 0}
+    request = {"llm": {**LLM, "model": str(model)}, "prompts": prompts(), "sampling": sampling}
+    (reply,) = run(tmp_path / "run", [request], **ENGINE, VLLM_MLA_DISABLE="1")
+    theirs = expected(model)
+    assert reply["tokens"] == theirs["tokens"]
+    assert far(reply["logprobs"], theirs["logprobs"]) < 1e-4
+    ran(reply, "paged_attention", "write_kv")
+
+
+@pytest.mark.slow
 def test_vllm_own_backend_by_name(tmp_path):
     """`--attention-backend CPU_ATTN`, against option `attention`, which asks for ours; the choice is in the log."""
     model = save(tmp_path / "model", "LlamaConfig", GQA)

@@ -88,6 +88,20 @@ def test_a_page_has_room_for_what_our_kernels_read():
         assert spec.page_size_bytes == 3 * 16 * width * dtype.itemsize
 
 
+def test_latent_attention_needs_what_the_newer_release_has(monkeypatch):
+    """0.32 hands our backend the projections; 0.26 does not, and is refused with the way on."""
+    from vllm.model_executor.layers.attention import mla_attention
+
+    from gcu_compile.errors import UnsupportedFeatureError
+    from vllm_integration import versions
+
+    if hasattr(mla_attention, "split_kv_b_proj"):
+        versions.need_latent_attention()
+        monkeypatch.delattr(mla_attention, "split_kv_b_proj")
+    with pytest.raises(UnsupportedFeatureError, match="VLLM_MLA_DISABLE=1"):
+        versions.need_latent_attention()
+
+
 LATE_THREAD = """
 import sys, threading, time, types
 from vllm_integration import vllm_private
