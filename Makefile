@@ -29,7 +29,8 @@ test: install
 CARD_VENV ?= .venv-card
 CARD_PIP = $(CARD_VENV)/bin/python -m pip --disable-pip-version-check
 CARD_TESTS = --ignore tests/vllm tests
-CARD_VLLM_TESTS = $(addprefix tests/vllm/, test_gcu.py test_gcu_config.py test_vllm_private.py)
+CARD_VLLM_TESTS = $(addprefix tests/vllm/, test_gcu.py test_gcu_config.py test_vllm_private.py test_blocks.py \
+	test_encoder_attention.py)
 
 test-card-stack: preflight $(CARD_VENV)/.installed
 	$(CARD_VENV)/bin/python -m pytest $(CARD_TESTS) $(PYTEST_ARGS)
