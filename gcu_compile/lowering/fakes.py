@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Node
@@ -50,10 +50,10 @@ def fill(nodes: Iterable[Node]) -> None:
             _compute_or_reshape(node)
 
 
-def replace(old: Node, new: Node) -> None:
-    """Let `new` take the place of `old` everywhere, whatever its strides."""
+def replace(old: Node, new: Node, but: Collection[Node] = ()) -> None:
+    """Let `new` take the place of `old` everywhere, except in the nodes of `but`, whatever its strides."""
     graph, before, after = old.graph, value_of(old), value_of(new)
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in but)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or _same_strides(before, after):
         return
     order = {node: number for number, node in enumerate(graph.nodes)}

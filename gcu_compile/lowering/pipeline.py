@@ -17,7 +17,7 @@ from gcu_compile.lowering.rule import Refusal, Rule
 from gcu_compile.lowering.rules import all_rules
 
 # In this order; what a step leaves is what the next one meets.
-STEPS = ("canonicalise", "attention", "dequant_gemm", "post_processing", "elementwise", "legalise")
+STEPS = ("canonicalise", "attention", "dequant_gemm", "prologues", "post_processing", "elementwise", "legalise")
 # Steps that are a function over the whole graph, and the targets that have them.
 WHOLE = {"legalise": (legalise, ("gcu300", "gcu400"))}
 

@@ -1,6 +1,7 @@
 """Random graphs around every canonical rule and every recognised chain: the result is always that of float64 eager;
 what is not rewritten says why; and each rule is met in a form in which it fires. Attention, integer products and logits
-chains have modules of their own (`test_random_*.py`); quantised weights in `test_dequant_gemm_rule.py`.
+chains have modules of their own (`test_random_*.py`), as have quantised weights (`test_dequant_gemm_rule.py`) and
+activations (`test_prologues_rule.py`).
 
 A case is one rule's pattern with things in its way: an extra user of what is in the middle, views or copies between,
 an operation in place, another dtype, an output that is the pattern itself, symbolic sizes, an odd or empty shape.
@@ -131,7 +132,8 @@ def held(pattern, case, fired):
 def test_every_canonical_rule_is_here():
     assert PATTERNS.keys() == {rule.name for rule in RULES}
     mine = {rule.name for rule in (*RULES, *elementwise.RULES)} | {"attention"}
-    assert {rule.name for rule in all_rules()} - mine == {"dequant_gemm", "int8_gemm", "sample_chain"}
+    elsewhere = {"dequant_gemm", "int8_gemm", "sample_chain", "rms_norm_quant", "silu_mul_quant"}
+    assert {rule.name for rule in all_rules()} - mine == elsewhere
 
 
 @pytest.mark.parametrize("rule", PATTERNS)

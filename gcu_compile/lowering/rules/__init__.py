@@ -10,9 +10,9 @@ from gcu_compile.lowering.rule import Rule
 @functools.cache
 def all_rules() -> tuple[Rule, ...]:
     """Every rule of every step; names are unique."""
-    from gcu_compile.lowering.rules import attention, canonical, dequant_gemm, elementwise, post_processing
+    from gcu_compile.lowering.rules import attention, canonical, dequant_gemm, elementwise, post_processing, prologues
 
-    modules = (canonical, attention, dequant_gemm, post_processing, elementwise)
+    modules = (canonical, attention, dequant_gemm, prologues, post_processing, elementwise)
     rules = tuple(rule for module in modules for rule in module.RULES)
     assert len({rule.name for rule in rules}) == len(rules), "two rules share a name"
     return rules

@@ -55,13 +55,18 @@ def _norm(pattern):
         found = find(pattern, node, near=4)
         if found is None or isinstance(found, Refusal):
             return found
-        reduced = found.get("mean") or found["moments"]
-        dims, rank = reduced.args[1], value_of(reduced.args[0]).dim()
-        if [d % rank for d in dims] != [rank - 1]:
-            return Refusal(f"the norm is over dimensions {list(dims)}, not the last one", near=True)
-        return found
+        return over_last_dimension(found) or found
 
     return match
+
+
+def over_last_dimension(norm: Found) -> Refusal | None:
+    """Why the norm that was found is not one of each row, or None."""
+    reduced = norm.get("mean") or norm["moments"]
+    dims, rank = reduced.args[1], value_of(reduced.args[0]).dim()
+    if [d % rank for d in dims] != [rank - 1]:
+        return Refusal(f"the norm is over dimensions {list(dims)}, not the last one", near=True)
+    return None
 
 
 _E = Call(aten.exp.default, Call(aten.neg.default, Bind("gate")))

@@ -25,7 +25,11 @@ from gcu_compile.lowering.rules.post_processing.piece import Cut, settings_nodes
 from gcu_compile.torch_private import hint_of, size_at, symbols_of
 
 LARGEST = 1 << 23  # logits of a probe
-KINDS = 4  # of probe rows
+# How fast further probe rows fall, from token to token. Close to each other: a part of the chain counts only where the
+# others leave it something to cut, and must not be lost for want of such a row.
+DECAYS = (0.03, 0.07, 0.13, 0.19, 0.27, 0.37, 0.7, 0.95)
+KINDS = 4  # of probe rows, beside those
+MOST_WORK = 1 << 25  # logits that are probed for the domains of per-row settings, beyond the least that must be
 ROWS = ((2, 3), (3, 5))  # numbers for symbols of the rows, first and second in turn
 NUMBERS = ((9, 12, 7), (14, 6, 11))  # for other symbols: a top-k
 VOCABS = (997, 8192)  # least and most for a symbolic vocabulary
@@ -46,6 +50,7 @@ class Case:
     def __init__(self, cut: Cut, numbers: dict):
         self.cut, self.numbers = cut, numbers
         self.rows, self.vocab = (size_at(size, numbers) for size in value_of(cut.logits).shape)
+        self.kinds = KINDS + -(-len(DECAYS) // max(1, self.rows))  # each row of a probe falls in its own way
         self.found: dict = {}
 
     def run(self, kind: int, roles: dict[Node, str] | None = None, turn: int = 0, beyond: bool = False):
@@ -98,15 +103,16 @@ def find(cut: Cut, greedy: bool) -> dict[str, Setting] | str:
         return cases
     first = cases[0]
     try:
-        for kind in range(1 if greedy else KINDS):
+        for kind in range(1 if greedy else first.kinds):
             first.run(kind)
     except (KeyError, RuntimeError, IndexError, ValueError) as error:
         return f"the chain cannot be run on probes: {error}"
     if greedy:
         return {} if _holds(cases, {}, True) else "the largest logit is not the one that is taken"
     for settings in _candidates(first):
-        # one row of each kind refutes most settings
-        if all(_same_first_row(first, kind, settings) for kind in range(KINDS)) and _holds(cases, settings, False):
+        if not all(_same_first_row(first, kind, settings) for kind in range(first.kinds)):
+            continue  # one row of each kind refutes most settings
+        if _holds(cases, settings, False):
             return settings
     return "the chain is not temperature, top-k, top-p and min-p by numbers, or by one value a row, of its own"
 
@@ -139,7 +145,7 @@ def _cases(cut: Cut) -> list[Case] | str:
 def _holds(cases: list[Case], settings: dict[str, Setting], greedy: bool) -> bool:
     """Whether the settings are those of the piece on all probes, and on every setting's whole domain."""
     for case in cases:
-        for kind in range(KINDS):
+        for kind in range(case.kinds):
             try:
                 x, got, values = case.run(kind)
             except (RuntimeError, IndexError, ValueError):
@@ -149,12 +155,14 @@ def _holds(cases: list[Case], settings: dict[str, Setting], greedy: bool) -> boo
     roles = {} if greedy else _roles(cases[0].cut, settings)
     for case in cases if roles else ():
         longest = max(len(case.domain(role, False)) for role in roles.values())
-        turns = max(2, -(-longest // case.rows))  # each row takes another value
+        least = max(2, -(-longest // case.rows))  # each row takes another value
+        # Every value on every kind of row, as far as the work allows.
+        turns = max(least, min(case.kinds * least, MOST_WORK // (case.rows * case.vocab)))
         for turn, beyond in itertools.product(range(turns), (False, True)):
             if beyond and (turn > 0 or "top_k" not in roles.values()):
                 continue
             try:
-                x, got, values = case.run(turn % KINDS, roles, turn, beyond)
+                x, got, values = case.run(turn % case.kinds, roles, turn + turn // case.kinds, beyond)
             except (RuntimeError, IndexError, ValueError):
                 if beyond:
                     continue  # plain torch raises: there is nothing to be equal to
@@ -179,7 +187,7 @@ def _roles(cut: Cut, settings: dict[str, Setting]) -> dict[Node, str]:
 
 
 def rows_of(kind: int, rows: int, vocab: int) -> torch.Tensor:
-    """Distinct logits, of the row's own order: peaked, geometric, nearly flat at the top, or narrow.
+    """Distinct logits, of the row's own order: peaked, geometric, nearly flat at the top, narrow, or of one of DECAYS.
 
     Neighbours differ by a power of two, which a narrow dtype keeps exactly, so that what is computed over all rows
     instead of each is found out.
@@ -192,8 +200,12 @@ def rows_of(kind: int, rows: int, vocab: int) -> torch.Tensor:
         x = 3 - 0.0625 * rank.clamp(max=400) - 8 * (rank - 400).clamp(min=0)
     elif kind == 2:
         x = 1 - 2.0**-7 * rank.clamp(max=120) - 8 * (rank - 120).clamp(min=0)
-    else:
+    elif kind == 3:
         x = -0.5 * rank.clamp(max=60) - 8 * (rank - 60).clamp(min=0)
+    else:
+        number = torch.arange(rows) + (kind - KINDS) * rows
+        decay = torch.tensor(DECAYS, dtype=torch.float64)[number % len(DECAYS)].unsqueeze(1)
+        x = 2 - decay * rank.clamp(max=90) - 8 * (rank - 90).clamp(min=0)
     return (x * torch.tensor(SCALES)[torch.arange(rows) % len(SCALES)].unsqueeze(1)).float()
 
 
