@@ -3,7 +3,7 @@
 // Weights are tiles of 64 outputs: [N / 64][K / codes per word][64] words of 32 bits, so that a vector of words holds
 // the same inputs k of neighbouring outputs and a thread reads its tiles front to back.
 //
-//   up to 4 rows:  codes go from memory to registers to fma; the read is the cost
+//   up to 8 rows:  codes go from memory to registers to fma; the read is the cost
 //   more rows:     a block of inputs is unpacked once into L1/L2, then a register-tiled product runs over all rows
 //
 // Codes are small integers, exact in bf16. So bf16 activations are multiplied as they are (vdpbf16ps: exact products,
@@ -35,7 +35,7 @@ namespace {
 constexpr int TILE = 64;       // outputs
 constexpr int BLOCK = 64;      // lanes of x per unpacked block: 16 KiB of weights; sums and rows share the L1 cache
 constexpr int ROWS = 192;      // rows of x that share one unpacking
-constexpr int DIRECT_ROWS = 4;
+constexpr int DIRECT_ROWS = 8;
 constexpr int AHEAD = 2048;    // words that a stream is fetched before its use: two pages, where the machine's own
                                // prefetcher stops at each
 #if defined(__AVX512F__)
@@ -124,17 +124,20 @@ class Product {
 
   void run() {
     int64_t tiles = (in_.n + TILE - 1) / TILE;
-    int64_t chunks = (in_.m + ROWS - 1) / ROWS;
+    int64_t chunks = (in_.m + ROWS - 1) / ROWS, tasks = tiles * chunks;
 #pragma omp parallel num_threads(in_.threads)
     {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < in_.m; ++row) lay_out(row);
       std::vector<int32_t> unpacked;
       std::vector<float> c;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tiles * chunks; ++task) {
-        int64_t tile = task % tiles, first = task / tiles * ROWS;
-        int rows = int(std::min<int64_t>(ROWS, in_.m - first));
+      // A thread has neighbouring tiles, so that its stream of weights goes on from one to the next.
+      int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      int64_t task = tasks * thread / threads, end = tasks * (thread + 1) / threads;
+      if (task < end) read_factors(task / chunks, (end - 1) / chunks + 1);
+      for (; task < end; ++task) {
+        int64_t tile = task / chunks, first = in_.m * (task % chunks) / chunks;
+        int rows = int(in_.m * (task % chunks + 1) / chunks - first);
         c.assign(rows * TILE, 0.0f);
         if (!apart_ && rows <= DIRECT_ROWS)
           direct(tile, first, rows, c.data());
@@ -203,8 +206,32 @@ class Product {
       to_floats(p, dtype, group * in_.n + tile * TILE, count, out);
   }
 
+  // Scales and zeros of one tile lie a row apart, and each would be waited for where it is used: so a thread reads all
+  // of its own first, in the order of memory, and then fetches them from the second cache a tile ahead.
+  void read_factors(int64_t tile, int64_t end) const {
+    auto read = [&](const void* p, int64_t size) {
+      for (int64_t group = 0; group < in_.groups; ++group) {
+        const char* row = static_cast<const char*>(p) + group * in_.n * size;
+        for (int64_t at = tile * TILE * size; at < std::min(in_.n, end * TILE) * size; at += 64)
+          static_cast<void>(*static_cast<const volatile char*>(row + at));  // a prefetch gets lost without its page
+      }
+    };
+    read(in_.scales, size_of(in_.scales_dtype));
+    if (in_.zeros) read(in_.zeros, size_of(in_.zeros_dtype));
+  }
+
+  void fetch_factors(int64_t tile, int64_t group) const {
+    auto fetch = [&](const void* p, int64_t size) {
+      const char* row = static_cast<const char*>(p) + (group * in_.n + tile * TILE) * size;
+      for (int64_t at = 0; at < TILE * size; at += 64) __builtin_prefetch(row + at);
+    };
+    fetch(in_.scales, size_of(in_.scales_dtype));
+    if (in_.zeros) fetch(in_.zeros, size_of(in_.zeros_dtype));
+  }
+
   // scale and scale * (zero - midpoint) of a group.
   void factors(int64_t tile, int64_t group, float* scale, float* shift) const {
+    fetch_factors(tile + 1, group);
     row_of(in_.scales, in_.scales_dtype, group, tile, scale);
     if (!spans_) return;
     row_of(in_.zeros, in_.zeros_dtype, group, tile, shift);
@@ -212,18 +239,22 @@ class Product {
   }
 
   // c[r] += scale * sum - shift * (sum of x); no shift (null) without zeros, and after a group's first part.
-  template <int M>
-  void fold(vf (&sum)[M][NV], int at, int64_t first, int64_t group, const float* scale, const float* shift,
+  template <int M, int V>
+  void fold(vf (&sum)[M][V], int at, int64_t first, int64_t group, const float* scale, const float* shift,
             float* c) const {
-    for (int v = 0; v < NV; ++v) {
-      vf s = load<vf>(scale + at + v * LANES);
-      for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)  // unrolled: the sums stay in registers
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
         float* out = c + r * TILE + at + v * LANES;
-        vf y = fma(sum[r][v], s, load<vf>(out));
-        if (shift) y -= load<vf>(shift + at + v * LANES) * sums_[(first + r) * spans_ + group];
-        store(out, y);
+        store(out, fma(sum[r][v], load<vf>(scale + at + v * LANES), load<vf>(out)));
       }
-    }
+    if (!shift) return;
+    for (int r = 0; r < M; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* out = c + r * TILE + at + v * LANES;
+        store(out, (vf)(load<vf>(out) - load<vf>(shift + at + v * LANES) * sums_[(first + r) * spans_ + group]));
+      }
   }
 
   void direct(int64_t tile, int64_t first, int rows, float* c) const {
@@ -231,30 +262,35 @@ class Product {
       case 1: return direct<1>(tile, first, c);
       case 2: return direct<2>(tile, first, c);
       case 3: return direct<3>(tile, first, c);
-      default: return direct<4>(tile, first, c);
+      case 4: return direct<4>(tile, first, c);
+      case 5: return direct<5>(tile, first, c);
+      case 6: return direct<6>(tile, first, c);
+      case 7: return direct<7>(tile, first, c);
+      default: return direct<8>(tile, first, c);
     }
   }
 
   template <int M>
   void direct(int64_t tile, int64_t first, float* c) const {
-    constexpr int CHAINS = M == 1 ? 2 : 1;  // enough independent sums to cover the latency of one
+    constexpr int CHAINS = M == 1 ? 2 : 1;       // enough independent sums to cover the latency of one
+    constexpr int V = M <= 4 ? NV : NV / 2;      // and no more of them than there are registers
     alignas(64) float scale[TILE], shift[TILE];
     for (int64_t begin = 0, group = 0; begin < words_; begin += group_, ++group) {
       factors(tile, group, scale, shift);
       int64_t end = std::min(words_, begin + group_);
-      for (int at = 0; at < TILE; at += SUB) {
-        vf sum[CHAINS][M][NV] = {};
+      for (int at = 0; at < TILE; at += V * LANES) {
+        vf sum[CHAINS][M][V] = {};
         const int32_t* w = words(tile, begin) + at;
         const int32_t* x = lanes(first, blocks_[0]) + begin * STEPS;
         for (int64_t word = begin; word < end; ++word, w += TILE, x += STEPS) {
-          vi packed[NV];
-          for (int v = 0; v < NV; ++v) {
+          vi packed[V];
+          for (int v = 0; v < V; ++v) {
             packed[v] = load<vi>(w + v * LANES);
             if (v * LANES % 16 == 0) __builtin_prefetch(w + v * LANES + AHEAD);
           }
 #pragma GCC unroll 8
           for (int step = 0; step < STEPS; ++step)
-            for (int v = 0; v < NV; ++v) {
+            for (int v = 0; v < V; ++v) {
               vf value = P::template weights<BITS>(packed[v], step);
               for (int r = 0; r < M; ++r) {
                 vf& s = sum[step % CHAINS][r][v];
@@ -263,8 +299,8 @@ class Product {
             }
         }
         if constexpr (CHAINS == 2)
-          for (int v = 0; v < NV; ++v) sum[0][0][v] += sum[1][0][v];
-        fold<M>(sum[0], at, first, group, scale, spans_ ? shift : nullptr, c);
+          for (int v = 0; v < V; ++v) sum[0][0][v] += sum[1][0][v];
+        fold<M, V>(sum[0], at, first, group, scale, spans_ ? shift : nullptr, c);
       }
     }
   }
@@ -350,7 +386,7 @@ class Product {
       for (int r = 0; r < M; ++r)
         for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * part.x_stride + step]);
     }
-    fold<M>(sum, at, part.first + r0, part.group, part.scale, part.shift, c);
+    fold<M, NV>(sum, at, part.first + r0, part.group, part.scale, part.shift, c);
   }
 
   void finish(int64_t tile, int64_t first, int rows, float* c) const {
@@ -377,7 +413,7 @@ void product(const Arguments& in) {
   bool apart = in.g_idx || (in.groups > 1 && in.k / in.groups % PER_WORD<BITS>);
 #if defined(__AVX512BF16__)
   // With 8 bits and few rows the plain product does less work per code.
-  if (in.x_dtype == BF16 && !apart && (BITS == 4 || in.m > DIRECT_ROWS)) return Product<Pairs, BITS>(in, apart).run();
+  if (in.x_dtype == BF16 && !apart && (BITS == 4 || in.m > 4)) return Product<Pairs, BITS>(in, apart).run();
 #endif
   Product<Float, BITS>(in, apart).run();
 }

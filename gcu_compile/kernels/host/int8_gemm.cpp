@@ -80,7 +80,7 @@ class Product {
         ones_(words_, 0x01010101) {}
 
   void run() {
-    int64_t tiles = (in_.n + TILE - 1) / TILE, chunks = (in_.m + ROWS - 1) / ROWS;
+    int64_t chunks = (in_.m + ROWS - 1) / ROWS, tasks = (in_.n + TILE - 1) / TILE * chunks;
 #pragma omp parallel num_threads(in_.threads)
     {
       std::vector<float> buffer;
@@ -88,10 +88,11 @@ class Product {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < in_.m; ++row) lay_out(row, buffer, codes);
       std::vector<int32_t> c;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tiles * chunks; ++task) {
-        int64_t tile = task % tiles, first = task / tiles * ROWS;
-        int rows = int(std::min<int64_t>(ROWS, in_.m - first));
+      // A thread has neighbouring tiles, so that its stream of weights goes on from one to the next.
+      int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+        int64_t tile = task / chunks, first = in_.m * (task % chunks) / chunks;
+        int rows = int(in_.m * (task % chunks + 1) / chunks - first);
         c.resize((rows + 1) * TILE);
         multiply(tile, first, rows + 1, c.data());
         finish(tile, first, rows, c.data());
@@ -114,14 +115,20 @@ class Product {
         quantize_group(x, in_.k, largest_of(x, in_.k), true, codes.data(), scale, zero);
     }
     scales_[row] = scale, zeros_[row] = zero;
+    if (row + 1 < in_.m) fetch(in_.x, (row + 1) * in_.x_stride * size_of(in_.x_dtype), in_.k * size_of(in_.x_dtype));
     auto* out = reinterpret_cast<uint8_t*>(x_.get() + row * words_);
     int32_t sum = 0;
-    for (int64_t k = 0; k < in_.k; ++k) {
+    const int64_t count = in_.k;  // bytes may alias anything: a bound in memory would be read in every round
+    for (int64_t k = 0; k < count; ++k) {
       sum += from[k];
       out[k] = uint8_t(from[k] + OFFSET);
     }
-    std::fill(out + in_.k, out + words_ * 4, uint8_t(0));  // weights are zero there too
+    std::fill(out + count, out + words_ * 4, uint8_t(0));  // weights are zero there too
     sums_[row] = sum;
+  }
+
+  static void fetch(const void* p, int64_t from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + from + at);
   }
 
   const int32_t* row(int64_t first, int r) const { return r ? x_.get() + (first + r - 1) * words_ : ones_.data(); }
@@ -154,7 +161,9 @@ class Product {
       for (int r = 0; r < M; ++r)
         for (int v = 0; v < NV; ++v) sum[r][v] = dot(sum[r][v], value[v], x[r][word]);
     }
-    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)  // unrolled: the sums stay in registers
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         int32_t* out = c + r * TILE + v * LANES;
         store(out, begin ? (vi)(load<vi>(out) + sum[r][v]) : sum[r][v]);

@@ -64,50 +64,69 @@ inline float largest_lane(vi bits) {
   return std::bit_cast<float>(most);
 }
 
-inline vi later(vi most, vf x) {  // the larger magnitudes, as bits: NaN is above infinity
-  vi bits = std::bit_cast<vi>(x) & 0x7fffffff;
-  return most > bits ? most : bits;
+// Row r of rows `stride` elements apart; null stays null.
+template <int32_t DTYPE>
+inline const void* row_at(const void* p, int64_t r, int64_t stride) {
+  return p ? static_cast<const char*>(p) + r * stride * size_of(DTYPE) : nullptr;
 }
+
+// step(at, left, v) for every vector of `size` values, with `left` values from `at` on; v counts 0 .. 3 over vectors
+// that follow each other, so that what a step adds to need not wait for the step before.
+template <class F>
+inline void each_vector(int64_t size, F step) {
+  int64_t at = 0;
+  for (; at + 4 * LANES <= size; at += 4 * LANES) {
+    step(at, LANES, 0);
+    step(at + LANES, LANES, 1);
+    step(at + 2 * LANES, LANES, 2);
+    step(at + 3 * LANES, LANES, 3);
+  }
+  for (; at < size; at += LANES) step(at, size - at, 0);
+}
+
+inline float largest(const vi (&most)[4]) { return largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3]))); }
 
 // s = x + residual, its norm in `row`; the largest magnitude.
 template <int32_t DTYPE>
 float norm(const Arguments& in, int64_t r, const float* weight, float* row) {
-  vf squares = {};
-  for (int64_t at = 0; at < in.size; at += LANES) {
-    int64_t left = in.size - at;
-    vf s = read<DTYPE>(in.x, r * in.x_stride + at, left);
-    if (in.other) {
-      s += read<DTYPE>(in.other, r * in.other_stride + at, left);
-      write<DTYPE>(s, in.residual_out, r * in.size + at, left);
+  const void *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
+  void* total = const_cast<void*>(row_at<DTYPE>(in.residual_out, r, in.size));
+  vf squares[4] = {};
+  each_vector(in.size, [&](int64_t at, int64_t left, int v) {
+    vf s = read<DTYPE>(x, at, left);
+    if (other) {
+      s += read<DTYPE>(other, at, left);
+      write<DTYPE>(s, total, at, left);
     }
-    squares = fma(s, s, squares);
+    squares[v] = fma(s, s, squares[v]);
     store(row + at, s);
-  }
+  });
+  vf all = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   double sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += squares[i];
+  for (int i = 0; i < LANES; ++i) sum += all[i];
   float factor = float(1.0 / std::sqrt(sum / double(in.size) + in.eps));
-  vi most = {};
-  for (int64_t at = 0; at < in.size; at += LANES) {
+  vi most[4] = {};
+  each_vector(in.size, [&](int64_t at, int64_t, int v) {
     vf y = load<vf>(row + at) * factor * load<vf>(weight + at);
     store(row + at, y);
-    most = later(most, y);
-  }
-  return largest_lane(most);
+    most[v] = larger_magnitude(most[v], y);
+  });
+  return largest(most);
 }
 
 // gate * sigmoid(gate) * up in `row`; the largest magnitude.
 template <int32_t DTYPE>
 float gated(const Arguments& in, int64_t r, const float*, float* row) {
-  vi most = {};
-  for (int64_t at = 0; at < in.size; at += LANES) {
-    int64_t left = in.size - at;
-    vf gate = read<DTYPE>(in.x, r * in.x_stride + at, left);
-    vf small = exp_negative(gate > 0.0f ? -gate : gate);  // exp(-|gate|)
-    vf y = (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * read<DTYPE>(in.other, r * in.other_stride + at, left);
+  const void *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
+  vi most[4] = {};
+  each_vector(in.size, [&](int64_t at, int64_t left, int v) {
+    vf gate = read<DTYPE>(x, at, left), up = read<DTYPE>(other, at, left);
+    vf small = exp_negative(-magnitude(gate));
+    vf y = (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * up;
     store(row + at, y);
-    most = later(most, y);
-  }
-  return largest_lane(most);
+    most[v] = larger_magnitude(most[v], y);
+  });
+  return largest(most);
 }
 
 template <class F>

@@ -13,7 +13,30 @@ typedef int8_t vb __attribute__((vector_size(LANES)));
 template <class T>
 inline T round_even(T x) { return (x + 12582912.0f) - 12582912.0f; }
 
+inline vi nearest(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtps_epi32((__m256)x);
+#else
+  return __builtin_convertvector(round_even(x), vi);
+#endif
+}
+
 inline vf magnitude(vf x) { return std::bit_cast<vf>(std::bit_cast<vi>(x) & 0x7fffffff); }
+
+inline vi larger(vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The bits of the larger magnitude: NaN is above infinity and stays visible.
+inline vi larger_magnitude(vi most, vf x) { return larger(most, std::bit_cast<vi>(magnitude(x))); }
 
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
@@ -40,26 +63,42 @@ inline int8_t code_of(float x, float scale, int32_t zero) {
   return int8_t(std::min(127, std::max(-128, int32_t(round_even(value)) + zero)));
 }
 
-// codes[i] = clamp(rne(x[i] / scale) + zero). Multiplies by the reciprocal, which is within 2^-22 of the quotient, and
-// divides where that could decide between two codes.
+// The codes as bytes, clamped.
+inline void store_codes(int8_t* codes, vi code) {
+#if defined(__AVX512F__)
+  store(codes, _mm512_cvtsepi32_epi8((__m512i)code));  // saturates
+#else
+  code = code < 127 ? code : splat(int32_t(127));
+  code = code > -128 ? code : splat(int32_t(-128));
+  store(codes, __builtin_convertvector(code, vb));
+#endif
+}
+
+// Multiplies by the reciprocal, which is within 2^-22 of the quotient: less than 1e-4 for any that is not clamped. Where
+// so much could decide between two codes it divides.
+template <int V, bool FITS>
+inline void quantize_vectors(const float* x, float scale, float inverse, int32_t zero, int8_t* codes) {
+  vi code[V], off = {};
+  for (int v = 0; v < V; ++v) {
+    vf near = load<vf>(x + v * LANES) * inverse;
+    if constexpr (!FITS) near = bounded(near);
+    code[v] = nearest(near);
+    off = larger_magnitude(off, near - to_float(code[v]));
+  }
+  if (any(off > std::bit_cast<int32_t>(0.4999f))) [[unlikely]]
+    for (int v = 0; v < V; ++v) code[v] = nearest(bounded(load<vf>(x + v * LANES) / scale));
+  for (int v = 0; v < V; ++v) store_codes(codes + v * LANES, FITS ? code[v] : code[v] + zero);
+}
+
+// codes[i] = clamp(rne(x[i] / scale) + zero). FITS: no quotient is beyond 127, and zero is 0.
+template <bool FITS = false>
 inline void quantize_known(const float* x, int64_t count, float scale, int32_t zero, int8_t* codes) {
   float inverse = 1.0f / scale;
   int64_t i = 0;
-  if (std::isfinite(inverse) && std::fabs(inverse) > 1e-30f)
-    for (; i + LANES <= count; i += LANES) {
-      vf value = load<vf>(x + i), near = bounded(value * inverse), whole = round_even(near);
-      if (any(magnitude(near - whole) > 0.4995f)) [[unlikely]]
-        whole = round_even(bounded(value / scale));
-      vi code = __builtin_convertvector(whole, vi) + zero;
-#if defined(__AVX512F__)
-      __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)code);  // saturates
-      store(codes + i, bytes);
-#else
-      code = code < 127 ? code : splat(int32_t(127));
-      code = code > -128 ? code : splat(int32_t(-128));
-      store(codes + i, __builtin_convertvector(code, vb));
-#endif
-    }
+  if (std::isfinite(inverse) && std::fabs(inverse) > 1e-30f) {
+    for (; i + 4 * LANES <= count; i += 4 * LANES) quantize_vectors<4, FITS>(x + i, scale, inverse, zero, codes + i);
+    for (; i + LANES <= count; i += LANES) quantize_vectors<1, FITS>(x + i, scale, inverse, zero, codes + i);
+  }
   for (; i < count; ++i) codes[i] = code_of(x[i], scale, zero);
 }
 
@@ -76,6 +115,8 @@ inline void quantize_group(const float* x, int64_t count, float largest, bool sy
   }
   if (scale == 0 || !std::isfinite(scale))
     std::fill(codes, codes + count, int8_t(0));
+  else if (symmetric)
+    quantize_known<true>(x, count, scale, 0, codes);
   else
     quantize_known(x, count, scale, zero, codes);
 }

@@ -13,6 +13,8 @@
 
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3, U8 = 4, I16 = 5, I32 = 6, NONE = -1 };
 
+constexpr int64_t size_of(int32_t dtype) { return dtype == F32 || dtype == I32 ? 4 : dtype == I8 || dtype == U8 ? 1 : 2; }
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
