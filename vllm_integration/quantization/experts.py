@@ -28,6 +28,7 @@ from vllm_integration.quantization import progress
 
 PARTS = ("w13", "w2")  # gate and up, one above the other; down
 TENSORS = ("weight", "scales", "zeros", "g_idx")
+TOKENS = 64  # whose rows are summed at once: in float32 those of 8 experts fill a few MB of cache, not memory
 ACTIVATIONS = {
     MoEActivation.SILU: torch.nn.functional.silu,
     MoEActivation.GELU: torch.nn.functional.gelu,
@@ -99,7 +100,7 @@ class Experts(FusedMoEMethodBase):
         """[rows, K] sorted by expert -> [rows, N]."""
         weight = (getattr(layer, f"gcu_{part}_{name}") for name in TENSORS)
         layout, bias = getattr(layer, f"gcu_{part}_layout"), self._bias(layer, part)
-        return torch.ops.gcu.dequant_gemm_grouped(x, offsets, *weight, bias, layout=layout)
+        return torch.ops.gcu.dequant_gemm_grouped.default(x, offsets, *weight, bias, layout=layout)
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden]."""
@@ -109,17 +110,31 @@ class Experts(FusedMoEMethodBase):
             ids = layer.expert_map.long()[ids]  # -1: on another rank
         order = torch.argsort(ids, stable=True)
         offsets = torch.searchsorted(ids[order], torch.arange(layer.local_num_experts + 1))
-        weights = topk_weights.to(torch.float32).reshape(-1, 1)
-        rows = x[order // top_k]
+        weights = topk_weights.to(torch.float32)
+        rows = x.index_select(0, order // top_k)
         if layer.apply_router_weight_on_input:
-            rows = (rows * weights[order]).to(x.dtype)
+            rows = (rows * weights.reshape(-1, 1)[order]).to(x.dtype)
+            weights = torch.ones_like(weights)
         gate, up = self._product(layer, "w13", rows, offsets).chunk(2, dim=-1)
         y = self._product(layer, "w2", ACTIVATIONS[layer.activation](gate) * up, offsets)
-        found = torch.empty_like(y, dtype=torch.float32)
-        found[order] = y.to(torch.float32)
-        if not layer.apply_router_weight_on_input:
-            found *= weights
-        return found.view(tokens, top_k, -1).sum(1).to(x.dtype)
+        return weighted_sum(y, order, weights)
+
+
+def weighted_sum(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What each token gets of its experts, summed in float32.
+
+    Args:
+        y: [tokens * top_k, hidden]; row i belongs to place `order[i]` of `weights`, read row by row.
+        weights: [tokens, top_k] float32.
+    """
+    tokens, top_k = weights.shape
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    found = y.new_empty(tokens, y.shape[1])
+    for first in range(0, tokens, TOKENS):
+        part = weights[first : first + TOKENS]
+        rows = y.index_select(0, place[first * top_k : (first + TOKENS) * top_k]).to(torch.float32)
+        found[first : first + TOKENS] = torch.bmm(part.unsqueeze(1), rows.view(*part.shape, -1)).squeeze(1)
+    return found
 
 
 class GPTQExperts(Experts, AutoGPTQMoEMethod):
@@ -244,8 +259,8 @@ class Int8Product:
 
     def _product(self, layer, part, x, offsets):
         weight, scales, layout = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "layout"))
-        bias = self._bias(layer, part)
-        return torch.ops.gcu.int8_gemm_grouped(x, offsets, weight, scales, None, bias, layout=layout, out_dtype=x.dtype)
+        arguments = (x, offsets, weight, scales, None, self._bias(layer, part))
+        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, layout=layout, out_dtype=x.dtype)
 
 
 class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):

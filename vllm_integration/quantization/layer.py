@@ -90,7 +90,7 @@ def apply(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) ->
         x = x.index_select(-1, layer.gcu_order)
     weight = (layer.gcu_weight, layer.gcu_scales, layer.gcu_zeros, layer.gcu_g_idx)
     if not torch.compiler.is_compiling():
-        return torch.ops.gcu.dequant_gemm(x, *weight, bias, layout=layer.gcu_layout)
+        return torch.ops.gcu.dequant_gemm.default(x, *weight, bias, layout=layer.gcu_layout)
     numbers = eager.dequantise(*weight, layer.gcu_layout, x.shape[-1])
     return torch.nn.functional.linear(x, numbers.to(x.dtype), bias)
 
@@ -106,6 +106,6 @@ def apply_int8(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | Non
     weight = (layer.gcu_weight, layer.gcu_scales)
     known = {"bias": bias, "layout": layer.gcu_layout, "out_dtype": x.dtype}
     if layer.gcu_x_scale is None and not symmetric:
-        codes, scales, zeros = torch.ops.gcu.quantize_per_token(x, 0, False)
-        return torch.ops.gcu.int8_gemm(codes, *weight, scales, zeros, **known)
-    return torch.ops.gcu.int8_gemm(x, *weight, layer.gcu_x_scale, layer.gcu_x_zero, **known)
+        codes, scales, zeros = torch.ops.gcu.quantize_per_token.default(x, 0, False)
+        return torch.ops.gcu.int8_gemm.default(codes, *weight, scales, zeros, **known)
+    return torch.ops.gcu.int8_gemm.default(x, *weight, layer.gcu_x_scale, layer.gcu_x_zero, **known)

@@ -10,13 +10,12 @@
 // float32 sums) and a group's scale and zero are applied to its float32 sum:
 //   sum_k x (code - zero) scale = scale * (sum_k x (code - mid) - (zero - mid) * sum_k x)
 // Groups that cut words, and act-order, are dequantised input by input into float32 instead.
-#include <omp.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "simd.h"
+#include "gemm/codes.h"
+#include "gemm/jobs.h"
 
 // Field order is that of `Arguments` in host/dequant_gemm.py.
 struct Arguments {
@@ -47,65 +46,8 @@ constexpr int NV = 2, MR = 4;
 #endif
 constexpr int SUB = NV * LANES;  // outputs of a register tile
 
-template <int BITS>
-constexpr int PER_WORD = 32 / BITS;
-template <int BITS>
-constexpr float MIDPOINT = BITS == 4 ? 8 : 0;  // of host_int4 (0..15) and host_int8 (two's complement)
-
-// Code number i of every word, as a float minus the midpoint.
-template <int BITS>
-inline vf unpacked(vi words, int i) {
-  if constexpr (BITS == 4) {
-#if defined(__AVX512F__)
-    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (vf)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, 4 * i), table);  // looks at 4 bits only
-#else
-    return to_float((words >> (4 * i)) & 15) - 8.0f;
-#endif
-  } else {
-    return to_float((words << (24 - 8 * i)) >> 24);
-  }
-}
-
-// Products in float32; a lane of x is one activation, k in order.
-struct Float {
-  static constexpr int PER_LANE = 1;
-  template <int BITS>
-  static vf weights(vi words, int step) { return unpacked<BITS>(words, step); }
-  static vf add(vf sum, vf w, int32_t x) { return fma(w, splat(std::bit_cast<float>(x)), sum); }
-  template <int BITS>
-  static int input(int step, int) { return step; }
-};
-
-#if defined(__AVX512BF16__)
-// Products of bf16 pairs. A 16-bit half of a word of 4-bit codes holds the inputs k .. k + 3 or k + 4 .. k + 7, so a
-// pair is (i, i + 4); x is laid out alike.
-struct Pairs {
-  static constexpr int PER_LANE = 2;
-  template <int BITS>
-  static vf weights(vi words, int step) {
-    if constexpr (BITS == 4) {
-      // bf16 of -8 .. 7, twice: the permutation looks at 5 bits, and the fifth belongs to the next code.
-      const __m512i half = _mm512_castsi256_si512(_mm256_setr_epi16(
-          0xc100 - 65536, 0xc0e0 - 65536, 0xc0c0 - 65536, 0xc0a0 - 65536, 0xc080 - 65536, 0xc040 - 65536,
-          0xc000 - 65536, 0xbf80 - 65536, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
-      const __m512i table = _mm512_shuffle_i64x2(half, half, 0x44);
-      return (vf)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words, 4 * step), table);
-    } else {
-      vi low = (vi)unpacked<8>(words, 2 * step), high = (vi)unpacked<8>(words, 2 * step + 1);
-      return (vf)(vi)((vu)low >> 16 | ((vu)high & 0xffff0000u));
-    }
-  }
-  static vf add(vf sum, vf w, int32_t x) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
-  }
-  template <int BITS>
-  static int input(int step, int half) { return BITS == 4 ? step + 4 * half : 2 * step + half; }
-};
-#endif
-
 template <class P, int BITS>
-class Product {
+class Product : public Job {
   static constexpr int STEPS = PER_WORD<BITS> / P::PER_LANE;  // lanes of x per word
 
  public:
@@ -122,29 +64,26 @@ class Product {
     }
   }
 
-  void run() {
-    int64_t tiles = (in_.n + TILE - 1) / TILE;
-    int64_t chunks = (in_.m + ROWS - 1) / ROWS, tasks = tiles * chunks;
-#pragma omp parallel num_threads(in_.threads)
-    {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < in_.m; ++row) lay_out(row);
-      std::vector<int32_t> unpacked;
-      std::vector<float> c;
-      // A thread has neighbouring tiles, so that its stream of weights goes on from one to the next.
-      int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-      int64_t task = tasks * thread / threads, end = tasks * (thread + 1) / threads;
-      if (task < end) read_factors(task / chunks, (end - 1) / chunks + 1);
-      for (; task < end; ++task) {
-        int64_t tile = task / chunks, first = in_.m * (task % chunks) / chunks;
-        int rows = int(in_.m * (task % chunks + 1) / chunks - first);
-        c.assign(rows * TILE, 0.0f);
-        if (!apart_ && rows <= DIRECT_ROWS)
-          direct(tile, first, rows, c.data());
-        else
-          blocked(tile, first, rows, c.data(), unpacked);
-        finish(tile, first, rows, c.data());
-      }
+  int64_t rows() const override { return in_.m; }
+  int64_t tasks() const override { return (in_.n + TILE - 1) / TILE * chunks(); }
+
+  void lay_out(int64_t row, int64_t end) override {
+    for (; row < end; ++row) lay_out(row);
+  }
+
+  void work(int64_t task, int64_t end) const override {
+    std::vector<int32_t> unpacked;
+    std::vector<float> c;
+    read_factors(task / chunks(), (end - 1) / chunks() + 1);
+    for (; task < end; ++task) {
+      int64_t tile = task / chunks(), first = in_.m * (task % chunks()) / chunks();
+      int rows = int(in_.m * (task % chunks() + 1) / chunks() - first);
+      c.assign(rows * TILE, 0.0f);
+      if (!apart_ && in_.m <= DIRECT_ROWS)
+        direct(tile, first, rows, c.data());
+      else
+        blocked(tile, first, rows, c.data(), unpacked);
+      finish(tile, first, rows, c.data());
     }
   }
 
@@ -153,6 +92,8 @@ class Product {
     int64_t begin, end;  // words
     int64_t lanes() const { return (end - begin) * STEPS; }
   };
+
+  int64_t chunks() const { return (in_.m + ROWS - 1) / ROWS; }  // of rows
 
   // Lanes of a row in a block. Blocks lie apart, so that the rows of one do not share their place in a cache.
   int32_t* lanes(int64_t row, Block block) const { return x_.get() + block.begin * STEPS * in_.m + row * block.lanes(); }
@@ -399,7 +340,7 @@ class Product {
     }
   }
 
-  const Arguments& in_;
+  Arguments in_;
   bool apart_;              // dequantised input by input
   int64_t words_, lanes_;  // of a row of inputs
   int64_t group_, spans_;  // words of a group; groups whose sum of x is needed
@@ -409,15 +350,39 @@ class Product {
 };
 
 template <int BITS>
-void product(const Arguments& in) {
+std::unique_ptr<Job> product(const Arguments& in) {
   bool apart = in.g_idx || (in.groups > 1 && in.k / in.groups % PER_WORD<BITS>);
 #if defined(__AVX512BF16__)
   // With 8 bits and few rows the plain product does less work per code.
-  if (in.x_dtype == BF16 && !apart && (BITS == 4 || in.m > 4)) return Product<Pairs, BITS>(in, apart).run();
+  if (in.x_dtype == BF16 && !apart && (BITS == 4 || in.m > 4)) return std::make_unique<Product<Pairs, BITS>>(in, apart);
 #endif
-  Product<Float, BITS>(in, apart).run();
+  return std::make_unique<Product<Float, BITS>>(in, apart);
+}
+
+std::unique_ptr<Job> product(const Arguments& in) { return in.bits == 4 ? product<4>(in) : product<8>(in); }
+
+// What expert e multiplies.
+Arguments of_expert(Arguments one, int64_t e, int64_t first, int64_t rows) {
+  int64_t per_word = 32 / one.bits;
+  one.m = rows;
+  advance(one.x, first * one.x_stride, one.x_dtype);
+  advance(one.y, first * one.n, one.x_dtype);
+  advance(one.weight, e * ((one.n + TILE - 1) / TILE * TILE) * ((one.k + per_word - 1) / per_word), I32);
+  advance(one.scales, e * one.groups * one.n, one.scales_dtype);
+  advance(one.zeros, e * one.groups * one.n, one.zeros_dtype);
+  advance(one.g_idx, e * one.k, I32);
+  advance(one.bias, e * one.n, one.bias_dtype);
+  return one;
 }
 
 }  // namespace
 
-extern "C" void gcu_dequant_gemm(const Arguments* in) { in->bits == 4 ? product<4>(*in) : product<8>(*in); }
+extern "C" void gcu_dequant_gemm(const Arguments* in) {
+  Jobs jobs;
+  jobs.push_back(product(*in));
+  run(jobs, in->threads);
+}
+
+extern "C" void gcu_dequant_gemm_grouped(const Grouped<Arguments>* in) {
+  run(*in, [&](int64_t e, int64_t first, int64_t rows) { return product(of_expert(in->all, e, first, rows)); });
+}

@@ -6,10 +6,9 @@
 // A row of ones runs along as row 0 of every task: its sums are the sums of the weights, with which
 //   sum (xq - xz)(wq - wz) = sum xu wq - (128 + xz) sum wq - wz sum xq + K xz wz,      xu = xq + 128
 // All of it is exact modulo 2^32; the Python side refuses K for which the left side could exceed it.
-#include <omp.h>
-
 #include <memory>
 
+#include "gemm/jobs.h"
 #include "quantize.h"
 
 // Field order is that of `Arguments` in host/int8_gemm.py.
@@ -73,34 +72,35 @@ inline vi dot(vi sum, vi w, int32_t x) {
 #endif
 }
 
-class Product {
+class Product : public Job {
  public:
   explicit Product(const Arguments& in)
       : in_(in), words_((in.k + 3) / 4), x_(new int32_t[in.m * words_]), scales_(in.m), zeros_(in.m), sums_(in.m),
         ones_(words_, 0x01010101) {}
 
-  void run() {
-    int64_t chunks = (in_.m + ROWS - 1) / ROWS, tasks = (in_.n + TILE - 1) / TILE * chunks;
-#pragma omp parallel num_threads(in_.threads)
-    {
-      std::vector<float> buffer;
-      std::vector<int8_t> codes(words_ * 4);
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < in_.m; ++row) lay_out(row, buffer, codes);
-      std::vector<int32_t> c;
-      // A thread has neighbouring tiles, so that its stream of weights goes on from one to the next.
-      int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-      for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-        int64_t tile = task / chunks, first = in_.m * (task % chunks) / chunks;
-        int rows = int(in_.m * (task % chunks + 1) / chunks - first);
-        c.resize((rows + 1) * TILE);
-        multiply(tile, first, rows + 1, c.data());
-        finish(tile, first, rows, c.data());
-      }
+  int64_t rows() const override { return in_.m; }
+  int64_t tasks() const override { return (in_.n + TILE - 1) / TILE * chunks(); }
+
+  void lay_out(int64_t row, int64_t end) override {
+    std::vector<float> buffer;
+    std::vector<int8_t> codes(words_ * 4);
+    for (; row < end; ++row) lay_out(row, buffer, codes);
+  }
+
+  void work(int64_t task, int64_t end) const override {
+    std::vector<int32_t> c;
+    for (; task < end; ++task) {
+      int64_t tile = task / chunks(), first = in_.m * (task % chunks()) / chunks();
+      int rows = int(in_.m * (task % chunks() + 1) / chunks() - first);
+      c.resize((rows + 1) * TILE);
+      multiply(tile, first, rows + 1, c.data());
+      finish(tile, first, rows, c.data());
     }
   }
 
  private:
+  int64_t chunks() const { return (in_.m + ROWS - 1) / ROWS; }  // of rows
+
   void lay_out(int64_t row, std::vector<float>& buffer, std::vector<int8_t>& codes) {
     const int8_t* from = codes.data();
     float scale = in_.x_scales ? in_.x_scales[row] : 0;
@@ -189,16 +189,36 @@ class Product {
     }
   }
 
-  const Arguments& in_;
+  Arguments in_;
   int64_t words_;
   std::unique_ptr<int32_t[]> x_;  // [m, words]
   std::vector<float> scales_;
   std::vector<int32_t> zeros_, sums_, ones_;
 };
 
+// What expert e multiplies.
+Arguments of_expert(Arguments one, int64_t e, int64_t first, int64_t rows) {
+  one.m = rows;
+  advance(one.x, first * one.x_stride, one.x_dtype);
+  advance(one.y, first * one.n, one.y_dtype);
+  advance(one.x_scales, first, F32);
+  advance(one.weight, e * ((one.n + TILE - 1) / TILE * TILE) * ((one.k + 3) / 4), I32);
+  advance(one.scales, e * one.n, F32);
+  advance(one.bias, e * one.n, one.bias_dtype);
+  return one;  // grouped products have no zeros
+}
+
 }  // namespace
 
-extern "C" void gcu_int8_gemm(const Arguments* in) { Product(*in).run(); }
+extern "C" void gcu_int8_gemm(const Arguments* in) {
+  Jobs jobs;
+  jobs.push_back(std::make_unique<Product>(*in));
+  run(jobs, in->threads);
+}
+
+extern "C" void gcu_int8_gemm_grouped(const Grouped<Arguments>* in) {
+  run(*in, [&](int64_t e, int64_t first, int64_t rows) { return std::make_unique<Product>(of_expert(in->all, e, first, rows)); });
+}
 
 extern "C" void gcu_quantize(const Quantize* in) {
   int64_t groups = in->k / in->group;

@@ -10,7 +10,7 @@ import torch
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
 from gcu_compile.kernels.host import build, prepack
-from gcu_compile.kernels.host.dequant_gemm import once
+from gcu_compile.kernels.host.dequant_gemm import between, once, whole
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
 # Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
@@ -20,6 +20,8 @@ MOST_INPUTS_WITH_ZEROS = (2**31 - 1) // (255 * 255)
 
 # `struct Arguments` of int8_gemm.cpp, field by field: pointers, sizes, dtypes.
 FIELDS = struct.Struct("8P4q4i")
+# `struct Grouped` of gemm/jobs.h: those, the offsets, the number of experts.
+GROUPED = struct.Struct("8P4q4iPq")
 
 
 class Quantize(ctypes.Structure):
@@ -60,7 +62,9 @@ def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch
     """One contiguous value for each row (or output) of a tensor that may be one value for all."""
     if tensor is None:
         return None
-    flat = tensor.reshape(-1).to(dtype)
+    flat = tensor.reshape(-1)
+    if flat.dtype != dtype:
+        flat = flat.to(dtype)
     return flat.expand(size).contiguous() if flat.shape[0] != size else flat.contiguous()
 
 
@@ -71,53 +75,56 @@ def run(
     once(check.int8_gemm, (x, weight, scales, x_scales, x_zeros, zeros, bias), layout=layout, out_dtype=out_dtype)
     n, k = scales.shape[-1], x.shape[-1]
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
-    rows = x.reshape(-1, k)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     m = rows.shape[0]
     y = torch.empty(m, n, dtype=out_dtype)
     if m == 0:
         return y.view(*x.shape[:-1], n)
-    bias = None if bias is None else bias.expand(n).contiguous()
-    bias = bias if bias is None or bias.dtype in DTYPES else bias.to(torch.float32)
-    # Converted tensors must live until the call is over.
-    held = (
-        rows,
-        _column(x_scales, m, torch.float32),
-        _column(x_zeros, m, torch.int32),
-        prepack.native(weight, layout, n, k).contiguous(),
-        _column(scales, n, torch.float32),
-        _column(prepack.zeros_of(zeros, layout), n, torch.int32),
-        bias,
-        y,
-    )
-    fields = FIELDS.pack(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in held),
-        *(m, k, n, rows.stride(0)),
-        *(DTYPES[x.dtype], DTYPES[out_dtype], NONE if bias is None else DTYPES[bias.dtype]),
+    # Converted tensors must live until the call is over. What is not asked for is not touched: see dequant_gemm.run.
+    if layout not in prepack.NATIVE.values():
+        weight, zeros = prepack.native(weight, layout, n, k), prepack.zeros_of(zeros, layout)
+    if bias is not None:
+        bias = whole(bias, (n,))
+    of_x = (rows, _column(x_scales, m, torch.float32), _column(x_zeros, m, torch.int32))
+    of_weight = (weight.contiguous(), _column(scales, n, torch.float32), _column(zeros, n, torch.int32), bias)
+    held = (*of_x, *of_weight, y)
+    build.load("int8_gemm").gcu_int8_gemm(FIELDS.pack(*_fields(*held)))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _fields(x, x_scales, x_zeros, weight, scales, zeros, bias, y) -> tuple[int, ...]:
+    tensors = (x, x_scales, x_zeros, weight, scales, zeros, bias, y)
+    return (
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(x.shape[0], x.shape[1], y.shape[1], x.stride(0)),
+        *(DTYPES[x.dtype], DTYPES[y.dtype], NONE if bias is None else DTYPES[bias.dtype]),
         torch.get_num_threads(),
     )
-    build.load("int8_gemm").gcu_int8_gemm(fields)
-    return y.view(*x.shape[:-1], n)
 
 
 def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None) -> torch.Tensor:
-    """`gcu::int8_gemm_grouped`: one product per expert that has rows."""
+    """`gcu::int8_gemm_grouped`: the experts that have rows, in one team of threads."""
     check.int8_grouped(x, offsets, weight, scales, x_scales, bias, layout=layout, out_dtype=out_dtype)
+    (experts, _, n), m = scales.shape, x.shape[0]
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
-    y = torch.zeros(x.shape[0], scales.shape[-1], dtype=out_dtype)
-    per_row = None if x_scales is None else x_scales.expand(x.shape[0], 1)
-    cuts = offsets.tolist()
-    for expert, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        if last > first:
-            y[first:last] = run(
-                x[first:last],
-                weight[expert],
-                scales[expert],
-                None if per_row is None else per_row[first:last],
-                bias=None if bias is None else bias[expert],
-                layout=layout,
-                out_dtype=out_dtype,
-            )
+    x, offsets = x if x.stride(-1) == 1 else x.contiguous(), offsets.to(torch.int64).contiguous()
+    y = between(offsets, torch.empty(m, n, dtype=out_dtype))
+    bias = whole(bias, (experts, n))
+    # Converted tensors must live until the call is over.
+    held = (
+        x,
+        _column(x_scales, m, torch.float32),
+        None,
+        weight.contiguous(),
+        _column(scales, experts * n, torch.float32),
+        None,
+        bias,
+        y,
+    )
+    fields = GROUPED.pack(*_fields(*held), offsets.data_ptr(), experts)
+    build.load("int8_gemm").gcu_int8_gemm_grouped(fields)
     return y
 
 

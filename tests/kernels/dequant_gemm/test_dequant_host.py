@@ -13,6 +13,7 @@ from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host import dequant_gemm as host
 
 NATIVE = ("host_int4", "host_int8")
+TENSORS = ("weight", "scales", "zeros", "g_idx", "bias")
 ISAS = ("portable", "avx2", "avx512")
 BEST = build.host_isa()
 HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index("avx512" if BEST == "amx" else BEST)]
@@ -30,7 +31,7 @@ def check(arguments):
 
 
 @st.composite
-def products(draw, sizes=SIZES, rows=(1, 2, 3, 4, 5, 8, 13)):
+def products(draw, sizes=SIZES, rows=(1, 2, 3, 4, 5, 6, 7, 8, 9, 13)):
     k, groups = draw(st.sampled_from(sizes))
     return dequant_arguments(
         draw(st.sampled_from(NATIVE)),
@@ -121,6 +122,23 @@ def test_grouped(layout):
     for e, one in enumerate(experts):
         rows = slice(offsets[e], offsets[e + 1])
         assert_close(y[rows], dequant_reference(**{**one, "x": experts[0]["x"][rows]}), 64)
+
+
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("more", [{}, {"zeros": True, "bias": True}, {"g_idx": True}])
+def test_experts_are_products_of_their_own(layout, more):
+    """Of few and many rows, some without, and rows that belong to none; the very numbers of one product each."""
+    cuts = (3, 4, 4, 13, 230, 233, 241)
+    experts = [dequant_arguments(layout, 1, 70, 96, 3, torch.bfloat16, **more, seed=i) for i in range(len(cuts) - 1)]
+    names = ("weight", "scales", *more)
+    x = torch.randn(250, 200, generator=torch.Generator().manual_seed(0)).bfloat16()[:, 17:113]
+    stacked = {name: torch.stack([one[name] for one in experts]) for name in names}
+    y = host.run_grouped(x, torch.tensor(cuts), **stacked, layout=layout)
+    for first, last, one in zip(cuts, cuts[1:], experts, strict=False):
+        if first < last:
+            assert torch.equal(y[first:last], host.run(x[first:last], *(one.get(n) for n in TENSORS), layout=layout))
+    assert not y[: cuts[0]].any() and not y[cuts[-1] :].any()
+    assert not host.run_grouped(x, torch.zeros(len(cuts), dtype=torch.int32), **stacked, layout=layout).any()
 
 
 def test_wrong_group_index_is_named():

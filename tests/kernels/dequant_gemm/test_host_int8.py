@@ -117,3 +117,24 @@ def test_grouped_runs_the_kernel():
     assert registry.calls["int8_gemm_grouped", "host_cpp"] == before + 1
     meant = eager.int8_gemm_grouped(a["x"], offsets, **stacked, x_scales=a["x_scales"], layout="host_int8")
     assert_close(y, meant.double(), 1)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_experts_are_products_of_their_own(codes):
+    """Of few and many rows, some without, and rows that belong to none; the very numbers of one product each."""
+    cuts, source = (2, 3, 3, 12, 215, 240), generator(0)
+    weight = torch.stack([arguments(1, seed=i)["weight"] for i in range(len(cuts) - 1)])
+    scales = torch.stack([arguments(1, seed=i)["scales"] for i in range(len(cuts) - 1)])
+    bias = torch.randn(len(cuts) - 1, scales.shape[-1], generator=source)
+    x, x_scales = torch.randn(250, arguments(1)["x"].shape[-1] + 9, generator=source)[:, 5:-4], None
+    if codes:
+        x, x_scales, _ = eager.quantize(x)
+    more = {"layout": "host_int8", "out_dtype": torch.bfloat16}
+    y = host.run_grouped(x, torch.tensor(cuts), weight, scales, x_scales, bias, **more)
+    for e, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        if first < last:
+            mine = None if x_scales is None else x_scales[first:last]
+            assert torch.equal(
+                y[first:last], host.run(x[first:last], weight[e], scales[e], mine, bias=bias[e], **more)
+            )
+    assert not y[: cuts[0]].any() and not y[cuts[-1] :].any()
