@@ -88,6 +88,7 @@ def test_kept_set_and_draw_equal_the_meaning(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @settings(max_examples=2000, deadline=None)
 @given(cases())
 def test_long_sweep(case):

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -51,10 +52,9 @@ class Guess {
 
   // By mass where `weights` are given, else by count. `max` is finite.
   Guess(const Groups& groups, float max, const Weights* weights, float floor) : max_(max) {
-    float least = max;
-    for (float m : groups.maxima) least = m >= floor && m < least ? m : least;
+    float least = std::min(max, least_of(groups.maxima, floor));
     if (weights) {
-      for (float z : groups.others) least = z >= floor && z < least ? z : least;
+      least = std::min(least, least_of(groups.others, floor));
       least = std::max(least, float(max - 22.0 / weights->inverse));  // e^-22 of the largest weighs nothing
     }
     double range = std::max(double(max) - least, 1e-30 + std::fabs(double(max)) * 1e-7);
@@ -68,16 +68,16 @@ class Guess {
       }
       add(both, groups.sizes[b], weights);
     }
-    for (const Bin& bin : bins_) total_ += bin.mass;
+    for (const Bin& bin : bins_) total_ += bin[MASS];
   }
 
   // From a value on there are at least k tokens, for k up to a part of the groups: their maxima alone tell.
   Interval count(int64_t k, int32_t low, int32_t high, int64_t room) const {
     int64_t groups = 0;
-    for (int i = 0; i < BINS; ++i) groups += bins_[i].maxima;
+    for (int i = 0; i < BINS; ++i) groups += bins_[i][MAXIMA];
     if (k * 2 <= groups) {
       int64_t sum = 0;
-      for (int i = 0; i < BINS; ++i) if ((sum += bins_[i].maxima) >= k) return {edge(i), high};
+      for (int i = 0; i < BINS; ++i) if ((sum += bins_[i][MAXIMA]) >= k) return {edge(i), high};
     }
     double spread = 3 * std::sqrt(double(k) * total_ / std::max<int64_t>(1, groups));
     return around(double(k), spread, high, low, room);
@@ -88,11 +88,11 @@ class Guess {
     double count = 0;
     if (near_high) {
       int i = bin_of(float_of(high));
-      while (i < BINS && count + bins_[i].count < double(room)) count += bins_[i++].count;
+      while (i < BINS && count + bins_[i][COUNT] < double(room)) count += bins_[i++][COUNT];
       return {i == BINS ? low : edge(i), high};
     }
     int i = bin_of(float_of(low));
-    while (i > 0 && count + bins_[i].count < double(room)) count += bins_[i--].count;
+    while (i > 0 && count + bins_[i][COUNT] < double(room)) count += bins_[i--][COUNT];
     return {low, i == 0 ? high : edge(i)};
   }
 
@@ -100,17 +100,29 @@ class Guess {
   Interval mass(double share, int32_t low, int32_t high, int64_t room) const {
     double above = 0, sum = 0;
     int at = 0;
-    for (; at < BINS - 1 && (sum + bins_[at].mass) < share * total_; ++at) sum += bins_[at].mass, above += bins_[at].square;
+    for (; at < BINS - 1 && (sum + bins_[at][MASS]) < share * total_; ++at) sum += bins_[at][MASS], above += bins_[at][SQUARE];
     double below = 0;
-    for (int i = at; i < BINS; ++i) below += bins_[i].square;
+    for (int i = at; i < BINS; ++i) below += bins_[i][SQUARE];
     double deviation = std::sqrt((1 - share) * (1 - share) * above + share * share * below);
     return around(share * total_, 2.5 * deviation, high, low, room);
   }
 
  private:
-  struct alignas(32) Bin {
-    double mass, square, count, maxima;
-  };
+  // The least value that is not below `floor`, or infinity.
+  static float least_of(const std::vector<float>& values, float floor) {
+    float least = INF;
+    const float* z = values.data();
+    int n = int(values.size());
+#pragma omp simd reduction(min : least)
+    for (int i = 0; i < n; ++i) {
+      float some = z[i] >= floor ? z[i] : INF;
+      least = some < least ? some : least;
+    }
+    return least;
+  }
+
+  enum { MASS, SQUARE, COUNT, MAXIMA };  // of a bin; added at once
+  typedef double Bin __attribute__((vector_size(32)));
 
   void add(const float* z, float size, const Weights* weights) {
     alignas(64) int32_t at[2 * GROUPS];
@@ -121,15 +133,11 @@ class Guess {
     if (weights) weights->each(z, 2 * GROUPS, w);
     else std::fill(w, w + 2 * GROUPS, 1.0);
     for (int i = 0; i < GROUPS; ++i) {
-      if (z[i] == -INF) continue;
-      Bin& bin = bins_[at[i]];
-      bin.mass += w[i], bin.count += 1, bin.maxima += 1;
+      if (z[i] != -INF) bins_[at[i]] += Bin{w[i], 0, 1, 1};
     }
     for (int i = GROUPS; i < 2 * GROUPS; ++i) {
-      if (z[i] == -INF || w[i] == 0) continue;
-      Bin& bin = bins_[at[i]];
       double mass = w[i] * size;
-      bin.mass += mass, bin.square += mass * mass, bin.count += size;
+      if (z[i] != -INF && mass > 0) bins_[at[i]] += Bin{mass, mass * mass, size, 0};
     }
   }
   int bin_of(float z) const { return z <= max_ ? int(std::min((max_ - z) * scale_, float(BINS - 1))) : 0; }
@@ -138,15 +146,15 @@ class Guess {
   Interval around(double goal, double spread, int32_t high, int32_t low, int64_t room) const {
     double sum = 0, count = 0, inside = 0;
     int first = 0, at = 0;
-    for (; first < BINS - 1 && sum + bins_[first].mass < goal - spread; ++first) sum += bins_[first].mass, count += bins_[first].count;
+    for (; first < BINS - 1 && sum + bins_[first][MASS] < goal - spread; ++first) sum += bins_[first][MASS], count += bins_[first][COUNT];
     double from_first = count;
-    for (at = first; at < BINS - 1 && sum + bins_[at].mass < goal + spread; ++at) sum += bins_[at].mass, inside += bins_[at].count;
-    inside += bins_[at].count;
+    for (at = first; at < BINS - 1 && sum + bins_[at][MASS] < goal + spread; ++at) sum += bins_[at][MASS], inside += bins_[at][COUNT];
+    inside += bins_[at][COUNT];
     if (from_first + inside <= room) return {at == BINS - 1 ? low : edge(at), high};  // the whole set has room
     int last = at;
     while (inside > room && last > first) {  // too wide: take the ends off in turn
-      if ((last - first) % 2) inside -= bins_[last--].count;
-      else inside -= bins_[first++].count;
+      if ((last - first) % 2) inside -= bins_[last--][COUNT];
+      else inside -= bins_[first++][COUNT];
     }
     return {last == BINS - 1 ? low : edge(last), first == 0 ? high : edge(first - 1)};
   }

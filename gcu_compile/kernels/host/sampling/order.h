@@ -6,6 +6,7 @@
 #include <limits>
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float NONE = std::numeric_limits<float>::quiet_NaN();  // as an upper limit: z >= NONE is false
 
 // -0 and 0 have one key. The key after that of infinity gives NaN, above which nothing is: `z >= NaN` is false.
 inline int32_t key_of(float z) {

@@ -5,8 +5,6 @@
 
 #include "scratch.h"
 
-constexpr float NONE = std::numeric_limits<float>::quiet_NaN();  // as an upper limit: z >= NONE is false
-
 class Passes {
  public:
   // `pool`: a scratch per thread that works on this row.
@@ -37,31 +35,64 @@ class Passes {
     max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
   }
 
+  // The maximum and, in the same pass, the blocks' masses, for rows whose whole mass will be asked for: own_.from, by
+  // quick sums in units of a value near the maximum. Whether they are good is `surveyed_`.
+  void survey(float temperature) {
+    int n = logits_.load(0, own_.block);
+    around_ = *std::max_element(own_.block, own_.block + n);
+    Weights weights(around_, temperature, -FLT_MAX, false);
+    if (!weights.narrow) return maximum();
+    each_block([&](int64_t b, const float* z, int n, Scratch&) {
+      own_.maxima[b] = own_.groups.take(b, z, n);
+      own_.from[b] = weights.quick_sum(z, n, -FLT_MAX);
+    });
+    max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
+    surveyed_ = Weights(max_, temperature, -FLT_MAX, false, around_).narrow;
+  }
+
   // One pass: per block the mass from `low` on and from `high` on, the number of tokens from `high` on and in
   // [low, high), and the tokens of [low, high); returns whether they had room.
+  //
+  // Where masses of few tokens are asked for, those from `low` on are packed first, so that no other is weighed. A
+  // gathered token's id is then that of its place in the packed block: `id_of` finds the token.
   bool scan(float low, float high, const Weights* weights) {
     for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
+    const std::vector<float>& sample = own_.groups.others;
+    bool packs = weights && count_from(sample.data(), int(sample.size()), low) < int64_t(sample.size()) / 2;
+    packed_from_ = packs ? low : NONE;
     each_block([&](int64_t b, const float* z, int n, Scratch& scratch) {
       own_.from[b] = own_.above[b] = 0;
       own_.inside[b] = own_.beyond[b] = 0;
       if (own_.maxima[b] < low) return;
-      if (weights) own_.from[b] = weights->sum(z, n, low);
-      if (weights && own_.maxima[b] >= high) own_.above[b] = weights->sum(z, n, high);
-      sift(z, n, b * BLOCK, low, high, scratch, own_.inside[b], own_.beyond[b]);
+      auto take = [&](const float* values, int count, int64_t id) {
+        if (weights) {
+          Weights::Sums sums = weights->sums(values, count, low, high);
+          own_.from[b] += sums.all, own_.above[b] += sums.above;
+        }
+        sift(values, count, id, low, high, scratch, own_.inside[b], own_.beyond[b]);
+      };
+      if (!packs) return take(z, n, b * BLOCK);
+      bool few = count_from(own_.groups.maxima.data() + b * GROUPS, GROUPS, low) < GROUPS / 4;
+      int64_t place = b * BLOCK;
+      for (int at = 0; at < n; at += PACKED) {
+        int some = pack(z + at, std::min(PACKED, n - at), low, few, scratch.packed);
+        int padded = (some + GROUPS - 1) / GROUPS * GROUPS;
+        std::fill(scratch.packed + some, scratch.packed + padded, -INF);
+        take(scratch.packed, padded, place);
+        place += some;
+      }
     });
     return gather(weights);
   }
 
-  // The same for a row of which nothing is known yet: own_.from is the mass below `low`.
-  bool scan_whole(float low, float high) {
-    for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
-    each_block([&](int64_t b, const float* z, int n, Scratch& scratch) {
-      own_.from[b] = own_.above[b] = 0;
-      own_.inside[b] = own_.beyond[b] = 0;
-      weights_.split(z, n, low, high, own_.above[b], own_.from[b]);
-      if (own_.maxima[b] >= low) sift(z, n, b * BLOCK, low, high, scratch, own_.inside[b], own_.beyond[b]);
-    });
-    return gather(&weights_);
+  // The id of a token that the last scan gathered.
+  int64_t id_of(int64_t gathered) {
+    if (!(packed_from_ <= INF)) return gathered;
+    int64_t begin = gathered / BLOCK * BLOCK, left = gathered - begin;
+    logits_.load(gathered / BLOCK, own_.block);
+    for (int64_t at = 0;; ++at) {
+      if (own_.block[at] >= packed_from_ && left-- == 0) return begin + at;
+    }
   }
 
   // The threads' tokens of an interval, together, and their weights; whether they had room.
@@ -110,7 +141,7 @@ class Passes {
   int threads_;
   Scratch& own_;
   Weights weights_;
-  float max_ = -INF;
+  float max_ = -INF, around_ = -INF, packed_from_ = NONE;
   double total_ = -1;
-  bool unsure_ = false, complete_ = false, blocks_weighed_ = false;
+  bool unsure_ = false, complete_ = false, surveyed_ = false, quick_total_ = false, blocks_weighed_ = false;
 };

@@ -1,6 +1,6 @@
 // One row: from logits to a token id. The meaning is that of sampling/eager.py.
 //
-//   maximum, and two values of each group            one pass over memory
+//   maximum, two values of each group, and, where the whole mass matters, each block's   one pass over memory
 //   top-k / top-p: an interval that holds the threshold is guessed; one pass counts and weighs what is
 //     above it and gathers the few tokens inside, which are then searched
 //   one uniform number walks the blocks' weights, then one block's tokens
@@ -20,10 +20,12 @@ class Row : public Passes {
   using Passes::Passes;
 
   int64_t sample() {
-    maximum();
-    if (max_ == -INF) return write(Kept{INT32_MAX, -1}), 0;  // nothing left: documented as id 0
     float temperature = in_.temperature ? in_.temperature[row_] : 0.0f;
-    if (!(temperature >= GREEDY)) return first_of_maximum();
+    bool greedy = !(temperature >= GREEDY);
+    if (greedy || limits_count() || in_.draft_probabilities || (in_.min_p && in_.min_p[row_] > 0)) maximum();
+    else survey(temperature);
+    if (max_ == -INF) return write(Kept{INT32_MAX, -1}), 0;  // nothing left: documented as id 0
+    if (greedy) return first_of_maximum();
     int64_t id = chain(temperature, false);
     return unsure_ ? chain(temperature, true) : id;
   }
@@ -37,17 +39,19 @@ class Row : public Passes {
     return complete_ ? draw_candidates(u) : draw_blocks(kept, u);
   }
 
+  bool limits_count() const { return in_.top_k && in_.top_k[row_] > 0 && in_.top_k[row_] < in_.vocab; }
+
   // What min-p, top-k and top-p keep.
   Kept cut(float temperature, bool exact) {
-    unsure_ = complete_ = blocks_weighed_ = false;
-    total_ = -1;
+    bool surveyed = surveyed_ && !exact && max_ < INF;
+    unsure_ = complete_ = false, blocks_weighed_ = quick_total_ = surveyed;
+    total_ = surveyed ? sum(own_.from) : -1;
     weights_ = Weights(max_, temperature, -FLT_MAX, true);
     float floor = std::max(-FLT_MAX, min_p_floor());
-    weights_ = Weights(max_, temperature, floor, exact || max_ == INF);
+    weights_ = Weights(max_, temperature, floor, exact || max_ == INF, surveyed ? around_ : max_);
     Kept kept{key_of(floor), ALL_TIES};
-    int64_t k = in_.top_k ? in_.top_k[row_] : 0;
     double p = in_.top_p ? in_.top_p[row_] : 1.0;
-    if (k > 0 && k < in_.vocab) kept = limit_count(kept, k);
+    if (limits_count()) kept = limit_count(kept, in_.top_k[row_]);
     return p < 1.0 ? limit_mass(kept, p) : kept;
   }
 
@@ -86,10 +90,12 @@ class Row : public Passes {
       weigh_candidates();
       total_ = 0;
       for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
-    } else if (within.last != ALL_TIES) {
+    } else if (total_ < 0) {
       total_ = weigh_blocks(within, false);
     }
-    return select(within, &weights_, [&](int64_t count, double mass) { return count > 0 && excess(mass, p) >= 0; },
+    double shared = quick_total_ ? total_ : 0;
+    blocks_weighed_ = false;
+    return select(within, &weights_, [&](int64_t count, double mass) { return count > 0 && excess(mass, p, shared) >= 0; },
                   [p](const Guess& guess, int32_t low, int32_t high) { return guess.mass(p, low, high, ROOM * 3 / 4); });
   }
 
@@ -99,7 +105,7 @@ class Row : public Passes {
   double excess(double mass, double share, double shared = 0) {
     if (!weights_.narrow) return mass - share * total_;
     double in = (1 - share) * mass, out = share * (total_ - mass);
-    double error = Weights::SUMMED * (std::fabs(in) + std::fabs(out)) + Weights::ROUNDED * shared;
+    double error = Weights::ERROR * (std::fabs(in) + std::fabs(out)) + Weights::ROUNDED * shared;
     error += total_ * double(BLOCK + blocks_) * 0x1p-53;
     if (std::fabs(in - out) <= error) unsure_ = true;
     return in - out;
@@ -118,31 +124,6 @@ class Row : public Passes {
     if (max_ < INF && int64_t(high) - low > 1) {
       guess = new (memory) Guess(own_.groups, max_, weights, float_of(low));
       next = guess_of(*guess, low, high);
-    }
-    if (weights && total_ < 0) {  // nothing is known of the whole yet: passes that also tell its mass
-      for (int tries = 0; tries < 4; ++tries) {
-        int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
-        if (!scan_whole(float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h))) {
-          if (int64_t(h) - l == 1) break;
-          next = {middle(l, h), h};
-          continue;
-        }
-        double mass_above = sum(own_.above), inside = 0;
-        for (int i = 0; i < own_.n; ++i) inside += own_.weights[i];
-        total_ = mass_above + inside + sum(own_.from);
-        int64_t above = sum(own_.beyond);
-        if (h < high && reached(above, mass_above)) {
-          low = h, count_low = above;
-          next = guess ? guess->beside(low, high, false, ROOM / 2) : Interval{middle(low, high), high};
-        } else if (l == low || reached(above + own_.n, mass_above + inside)) {
-          complete_ = above == 0;
-          return pick(within, l, h, above, mass_above, reached);
-        } else {
-          high = l, count_high = above + own_.n;
-          next = guess ? guess->beside(low, high, true, ROOM / 2) : Interval{middle(low, high), high};
-        }
-      }
-      total_ = weigh_blocks(within, false);  // from here on by float64 sums
     }
     for (int tries = 0;; ++tries) {
       int32_t l = std::clamp(next.low, low, high - 1), h = std::clamp(next.high, l + 1, high);
@@ -173,7 +154,7 @@ class Row : public Passes {
   // Searches the gathered tokens, all those of [low, high); `above` and `mass_above` are those from `high` on.
   template <class Reached>
   Kept pick(const Kept& within, int32_t low, int32_t high, int64_t above, double mass_above, Reached reached) {
-    keep_candidates(within);
+    if (within.last != ALL_TIES) keep_candidates(within);
     int64_t count = above;
     double mass = mass_above;
     int n = own_.n;
@@ -203,12 +184,9 @@ class Row : public Passes {
       mass += w[i], kept.last = own_.ids[i];
       if (reached(++count, mass)) break;
     }
-    keep_candidates(kept);
-    if (!complete_ && total_ >= 0) {  // the pass left the blocks' masses from `high` on
-      for (int i = 0; i < own_.n; ++i) own_.above[own_.ids[i] / BLOCK] += own_.weights[i];
-      own_.from.swap(own_.above);
-      blocks_weighed_ = true;
-    }
+    if (complete_) keep_candidates(kept);
+    else if (total_ >= 0) add_candidates(kept);
+    if (kept.last >= 0) kept.last = id_of(kept.last);
     return kept;
   }
 
@@ -219,6 +197,26 @@ class Row : public Passes {
       m += kept(own_.values[i], own_.ids[i]);
     }
     own_.n = m;
+  }
+
+  // Adds the kept ones to what a pass left of each block: the masses from the interval's upper end on.
+  void add_candidates(const Kept& kept) {
+    float tie = float_of(kept.key);
+    const float* z = own_.values;
+    const double* w = own_.weights;
+    const int32_t* ids = own_.ids;
+    int32_t last = int32_t(kept.last);
+    for (int i = 0; i < own_.n;) {
+      int64_t b = ids[i] / BLOCK;
+      int end = int(std::lower_bound(ids + i, ids + own_.n, (b + 1) * BLOCK) - ids);
+      double mass = 0;
+#pragma omp simd reduction(+ : mass)
+      for (int j = i; j < end; ++j) mass += (z[j] > tie) | ((z[j] == tie) & (ids[j] <= last)) ? w[j] : 0.0;
+      own_.above[b] += mass;
+      i = end;
+    }
+    own_.from.swap(own_.above);
+    blocks_weighed_ = true;
   }
 
   // All tokens of the interval have one value: they are taken by id until it is enough.
@@ -255,7 +253,7 @@ class Row : public Passes {
     weigh_candidates();
     total_ = 0;
     for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
-    return own_.ids[walk(own_.n, u, 0, 0)];
+    return id_of(own_.ids[walk(own_.n, u, 0, 0)]);
   }
 
   int64_t draw_blocks(const Kept& kept, double u) {

@@ -8,10 +8,12 @@
 #include "guess.h"
 #include "logits.h"
 
-constexpr int ROOM = 4096;  // tokens of an interval that are gathered and searched directly
+constexpr int ROOM = 4096;    // tokens of an interval that are gathered and searched directly
+constexpr int PACKED = 1024;  // logits whose larger ones are packed at a time
 
 struct Scratch {
   alignas(64) float block[BLOCK];
+  alignas(64) float packed[PACKED + GROUPS];
   alignas(64) float values[ROOM + 32];  // tokens in ascending order of id
   alignas(64) int32_t ids[ROOM + 32];
   alignas(64) double weights[ROOM + 32];
@@ -36,7 +38,26 @@ inline int64_t count_from(const float* z, int n, float from) {
   return sum;
 }
 
-// Counts the tokens of [low, high) and those from `high` on in a block that begins at id `begin`. Appends the former
+// The values from `low` on, in their order, to `out`, which has room for 16 more than n; returns how many. `few`: that
+// is what to expect.
+inline int pack(const float* z, int n, float low, bool few, float* out) {
+  int m = 0;
+#ifdef __AVX512F__
+  __m512 lows = _mm512_set1_ps(low);
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __mmask16 in = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ);
+    if (few && !in) continue;  // a branch pays where it is nearly always taken
+    _mm512_storeu_ps(out + m, _mm512_maskz_compress_ps(in, v));
+    m += __builtin_popcount(in);
+  }
+#else
+  for (int i = 0; i < n; ++i) out[m] = z[i], m += z[i] >= low;
+#endif
+  return m;
+}
+
+// Counts the tokens of [low, high) and those from `high` on in values that begin at id `begin`. Appends the former
 // while there is room (beyond that, to.n is more than ROOM). high may be NaN: none.
 inline void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside,
                  int64_t& beyond) {
@@ -73,5 +94,5 @@ inline void sift(const float* z, int n, int64_t begin, float low, float high, Sc
     to.n = m;
   }
 #endif
-  inside = from - up, beyond = up;
+  inside += from - up, beyond += up;
 }
