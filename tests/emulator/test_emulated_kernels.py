@@ -52,6 +52,17 @@ def test_sample_alone_and_shared():
         compare("sample", [x[:rows], torch.arange(rows), torch.arange(rows), *asked], exact=True)
 
 
+@on_card
+def test_scores_and_drafts_with_probabilities():
+    x, rows = randn(2, 3001).bfloat16(), torch.arange(2)
+    chain = [torch.full((2,), 0.8), None, torch.full((2,), 0.9)]
+    for normalised in (True, False):
+        compare("logprobs", [x, torch.tensor([[5, 7], [9, 11]]), 3, normalised, *chain], length=3001)
+    q = (x.float() + randn(2, 3001, seed=1)).softmax(-1)
+    drafts = [x, q.argmax(-1), torch.tensor([0, 2]), torch.tensor([1]), rows, rows, 2, q]
+    compare("rejection_sample", [*drafts, *chain], exact=True)
+
+
 def tables():
     return torch.tensor([[2, 0], [1, 3]]).int(), torch.tensor([0, 3, 4]).int(), torch.tensor([19, 30]).int()
 

@@ -1,7 +1,7 @@
 """Runs vLLM in a process of its own: `python engine.py request.json reply.json`.
 
 The request holds `llm` (keyword arguments of `LLM`), `prompts` (lists of token ids), `sampling` (one for
-all, or one each), and `probe`.
+all, or one each), `beams` (arguments of a beam search over the same prompts), and `probe`.
 A spawned child imports this file again, so everything stands behind the `__main__` check.
 """
 
@@ -87,6 +87,7 @@ def scores_of(output) -> list[dict[str, list[float]]]:
 
 def main(request_file: str, reply_file: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
     request = json.loads(Path(request_file).read_text())
     llm = LLM(**request["llm"])
@@ -107,12 +108,18 @@ def main(request_file: str, reply_file: str) -> None:
         for one in asked if isinstance(asked, list) else []:
             if "logit_bias" in one:  # JSON has only text for keys
                 one["logit_bias"] = {int(token): bias for token, bias in one["logit_bias"].items()}
+            if "structured_outputs" in one:
+                one["structured_outputs"] = StructuredOutputsParams(**one["structured_outputs"])
         each = [SamplingParams(**one) for one in asked] if isinstance(asked, list) else SamplingParams(**asked)
         outputs = llm.generate(prompts, each, use_tqdm=False)
         reply["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
         reply["all_tokens"] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        reply["texts"] = [[one.text for one in output.outputs] for output in outputs]
         reply["prompt_logprobs"] = [logprobs_of(output) for output in outputs]
         reply["logprobs"] = [scores_of(output) for output in outputs]
+        if request.get("beams"):
+            found = llm.beam_search(prompts, BeamSearchParams(**request["beams"]))
+            reply["beams"] = [[[beam.tokens, beam.cum_logprob] for beam in output.sequences] for output in found]
         reply["fallbacks"] = llm.collective_rpc(sampler_fallbacks)
     Path(reply_file).write_text(json.dumps(reply))
 

@@ -9,6 +9,8 @@ from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import sample as host
 from gcu_compile.kernels.sampling import eager, logprobs_eager, rejection_eager
+from gcu_compile.kernels.triton import logprobs as triton_logprobs
+from gcu_compile.kernels.triton import rejection as triton_rejection
 from gcu_compile.kernels.triton import sample as triton
 
 SETTINGS = (
@@ -174,14 +176,9 @@ def _host_tokens(logits, draft_ids, draft_probabilities, **asked):
 
 
 def _triton_tokens(logits, draft_ids, draft_probabilities, **asked):
-    # A draft without probabilities is accepted where it is what `gcu::sample` draws.
-    return triton.run(logits, **asked)
-
-
-def _refuses_triton_tokens(logits, ids, offsets, bonus, seeds, positions, length, probabilities=None, *_, **named):
-    if named.get("draft_probabilities", probabilities) is not None:
-        return "drafts with probabilities are verified in float64"
-    return triton.refuses(logits)
+    if draft_probabilities is None:  # a draft is accepted where it is what `gcu::sample` draws
+        return triton.run(logits, **asked)
+    return triton_rejection.run(logits, draft_ids, draft_probabilities, **asked)
 
 
 REJECTION_SAMPLE = registry.register(
@@ -197,7 +194,7 @@ REJECTION_SAMPLE = registry.register(
         ),
         implementations=(
             registry.Implementation("host_cpp", ("cpu",), _reject(_host_tokens), _by_logits(host.refuses)),
-            registry.Implementation("triton", ("cuda", "gcu"), _reject(_triton_tokens), _refuses_triton_tokens),
+            registry.Implementation("triton", ("cuda", "gcu"), _reject(_triton_tokens), _by_logits(triton.refuses)),
         ),
     )
 )
@@ -248,6 +245,7 @@ LOGPROBS = registry.register(
         accumulation=lambda logits, *args, **kwargs: logits.shape[1],
         implementations=(
             registry.Implementation("host_cpp", ("cpu",), _scored(host.run_logprobs), _by_logits(host.refuses)),
+            registry.Implementation("triton", ("cuda", "gcu"), _scored(triton_logprobs.run), triton_logprobs.refuses),
         ),
     )
 )

@@ -78,6 +78,14 @@ def inverse(t):
 
 
 @triton.jit
+def reciprocal(ah, al):
+    """1 / a pair, as a pair; error below 2**-45 of it."""
+    first = tl.div_rn(1.0, ah)
+    p, e = two_product(first, ah)
+    return quick_two_sum(first, first * (((1.0 - p) - e) - first * al))
+
+
+@triton.jit
 def _step(rh, rl, sh, sl, ch, cl):
     """c + r * s, one step of Horner's rule, for |c| > |r * s|."""
     ph, pl = multiply(rh, rl, sh, sl)

@@ -70,3 +70,31 @@ def tile_sum(a0, a1, a2, a3, chosen, axis: tl.constexpr):
     s2 = tl.sum(tl.where(chosen, a2, 0), axis=axis)
     s3 = tl.sum(tl.where(chosen, a3, 0), axis=axis)
     return carry(s0 * 0, s0, s1, s2, s3)
+
+
+@triton.jit
+def share(hi, lo, uh, ul):
+    """u times a mass, as a goal for `place`: below the whole mass, to which rounding must not lift it."""
+    goal_h, goal_l = ds.multiply(hi, lo, uh, ul)
+    below = lo - hi * 1.4210854715202004e-14
+    full = ds.at_least(goal_h, goal_l, hi, below)
+    return tl.where(full, hi, goal_h), tl.where(full, below, goal_l)
+
+
+@triton.jit
+def place(weights, chosen, before, goal_h, goal_l, BLOCK: tl.constexpr, HALVES: tl.constexpr):
+    """Where in a tile the sum of the chosen weights' limbs on top of `before`, a carried sum, exceeds the goal.
+
+    The longest prefix that does not, by halves.
+    """
+    w0, w1, w2, w3 = weights
+    m, a0, a1, a2, a3 = before
+    at = tl.arange(0, BLOCK)
+    below = m * 0
+    for halving in tl.static_range(HALVES):
+        step = BLOCK >> (halving + 1)
+        t, t0, t1, t2, t3 = tile_sum(w0, w1, w2, w3, chosen & (at < below + step), 0)
+        t, t0, t1, t2, t3 = carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
+        hi, lo = value(t, t0, t1, t2, t3)
+        below = tl.where(ds.at_least(goal_h, goal_l, hi, lo), below + step, below)
+    return below

@@ -26,6 +26,45 @@ def refuses(logits: torch.Tensor, **settings) -> str | None:
     return missing()
 
 
+class Arguments:
+    """The settings of `gcu::sample` as the kernels take them.
+
+    Attributes:
+        per_row: [rows] float32 or int32, or None, by name.
+        chain: temperature, top_k, top_p, min_p of these.
+        row: what the kernels need to read a row: mask, lists, penalties, stride, vocabulary.
+    """
+
+    def __init__(self, logits: torch.Tensor, settings: dict[str, torch.Tensor | None]):
+        def given(name, dtype):
+            value = settings.get(name)
+            return None if value is None else value.to(device=logits.device, dtype=dtype).contiguous()
+
+        lists = []
+        for kind, values, dtype in (("bias", "bias_values", torch.float32), ("history", "history_counts", torch.int32)):
+            some = settings.get(f"{kind}_ids")
+            absent = some is None or len(some) == 0
+            names = ((f"{kind}_offsets", torch.int32), (f"{kind}_ids", torch.int32), (values, dtype))
+            lists += [None if absent else given(name, kind) for name, kind in names]
+        self.per_row = {name: given(name, torch.float32) for name in PER_ROW} | {"top_k": given("top_k", torch.int32)}
+        self.chain = tuple(self.per_row[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        penalties = (self.per_row["repetition"], self.per_row["frequency"], self.per_row["presence"])
+        forbidden = given("forbidden", torch.bool)
+        forbidden = None if forbidden is None else forbidden.view(torch.int8)
+        self.row = (forbidden, *lists, *penalties, logits.stride(0), logits.shape[1])
+
+
+def words(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[rows] int64 as [rows, 2] int32, low word first: no arithmetic on 64 bits."""
+    return numbers.to(torch.int64).contiguous().view(torch.int32).to(device)
+
+
+def sizes(config: Config) -> dict[str, int]:
+    """The constexprs of a launch."""
+    block = config.tile["BLOCK"]
+    return {"BLOCK": block, "PIVOTS": config.tile["PIVOTS"], "HALVES": block.bit_length() - 1}
+
+
 def run(logits: torch.Tensor, kept: torch.Tensor | None = None, splits: int | None = None, **settings) -> torch.Tensor:
     """`gcu::sample`; see `sampling/eager.py`.
 
@@ -40,48 +79,14 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, splits: int | No
     ids = torch.zeros(rows, dtype=torch.int32, device=logits.device)
     if not rows:
         return ids.long()
-
-    def given(name, dtype):
-        value = settings.get(name)
-        return None if value is None else value.to(device=logits.device, dtype=dtype).contiguous()
-
-    def words(name):
-        """[rows] int64 as [rows, 2] int32, low word first: no arithmetic on 64 bits."""
-        return settings[name].to(torch.int64).contiguous().view(torch.int32).to(logits.device)
-
-    forbidden = given("forbidden", torch.bool)
-    lists = []
-    for kind, values, dtype in (("bias", "bias_values", torch.float32), ("history", "history_counts", torch.int32)):
-        some = settings.get(f"{kind}_ids")
-        absent = some is None or len(some) == 0
-        names = ((f"{kind}_offsets", torch.int32), (f"{kind}_ids", torch.int32), (values, dtype))
-        lists += [None if absent else given(name, kind) for name, kind in names]
-    per_row = {name: given(name, torch.float32) for name in PER_ROW} | {"top_k": given("top_k", torch.int32)}
-    penalties = (per_row["repetition"], per_row["frequency"], per_row["presence"])
-    forbidden = None if forbidden is None else forbidden.view(torch.int8)
-    row = (forbidden, *lists, *penalties, logits.stride(0), vocab)
+    arguments = Arguments(logits, settings)
+    numbers = (words(settings[name], logits.device) for name in ("seeds", "positions"))
     splits = _splits(rows, vocab, config) if splits is None else splits
-    state = _shared_passes(logits, per_row, row, splits, config) if splits > 1 else None
+    state = _shared_passes(logits, arguments.per_row, arguments.row, splits, config) if splits > 1 else None
     launch(
-        sample_kernel,
-        (rows,),
-        config,
-        ids,
-        kept,
-        state,
-        logits,
-        words("seeds"),
-        words("positions"),
-        per_row["temperature"],
-        per_row["top_k"],
-        per_row["top_p"],
-        per_row["min_p"],
-        *row,
-        exact=True,
-        BLOCK=config.tile["BLOCK"],
-        PIVOTS=config.tile["PIVOTS"],
-        HALVES=config.tile["BLOCK"].bit_length() - 1,
-    )
+        sample_kernel, (rows,), config, ids, kept, state, logits, *numbers, *arguments.chain, *arguments.row,
+        exact=True, **sizes(config),
+    )  # fmt: skip
     return ids.long()
 
 

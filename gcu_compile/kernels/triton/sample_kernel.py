@@ -95,14 +95,8 @@ def _draw(row, at, vocab, threshold, ties, goal_h, goal_l, kept_ptr, scale, BLOC
             n, b0, b1, b2, b3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
             hi, lo = masses.value(n, b0, b1, b2, b3)
             if ds.at_least(goal_h, goal_l, hi, lo) == 0:
-                below = vocab * 0  # the longest prefix that does not exceed the goal
-                for halving in tl.static_range(HALVES):
-                    step = BLOCK >> (halving + 1)
-                    t, t0, t1, t2, t3 = masses.tile_sum(w0, w1, w2, w3, kept & (place < below + step), 0)
-                    t, t0, t1, t2, t3 = masses.carry(m + t, a0 + t0, a1 + t1, a2 + t2, a3 + t3)
-                    hi, lo = masses.value(t, t0, t1, t2, t3)
-                    below = tl.where(ds.at_least(goal_h, goal_l, hi, lo), below + step, below)
-                drawn = start + below
+                weights = (w0, w1, w2, w3)
+                drawn = start + masses.place(weights, kept, (m, a0, a1, a2, a3), goal_h, goal_l, BLOCK, HALVES)
             m, a0, a1, a2, a3 = n, b0, b1, b2, b3
         start += BLOCK
     return drawn
@@ -180,18 +174,8 @@ def sample_kernel(
             measured = thresholds.measure(row, at, 0, vocab, state, pivots, scale, vocab, BLOCK, PIVOTS)
             state = thresholds.advance(state, measured, top, k, p, scale, PIVOTS)
         hi, lo = state[11]
-        seed, position = seeds_ptr + 2 * index, positions_ptr + 2 * index
-        uh, ul = philox.uniform(
-            tl.load(seed).to(tl.uint32, bitcast=True),
-            tl.load(seed + 1).to(tl.uint32, bitcast=True),
-            tl.load(position).to(tl.uint32, bitcast=True),
-            tl.load(position + 1).to(tl.uint32, bitcast=True),
-        )
-        goal_h, goal_l = ds.multiply(hi, lo, uh, ul)
-        # Rounding must not lift the goal to the whole mass.
-        below = lo - hi * 1.4210854715202004e-14
-        full = ds.at_least(goal_h, goal_l, hi, below)
-        goal_h, goal_l = tl.where(full, hi, goal_h), tl.where(full, below, goal_l)
+        uh, ul = philox.uniform_of(seeds_ptr, positions_ptr, index, 0)
+        goal_h, goal_l = masses.share(hi, lo, uh, ul)
         drawn = _draw(row, at, vocab, state[1], state[2], goal_h, goal_l, kept_row, scale, BLOCK, HALVES)
         tl.store(ids_ptr + index, drawn)
 
@@ -204,23 +188,32 @@ def for_cuda(constexprs):
     return constexprs | {"BLOCK": 1024, "HALVES": 10}
 
 
-def _specimens():
-    """Launches for `gcu-compile check`: everything asked for, and a plain draw."""
-    names = sample_kernel.arg_names
-    shared = {"ids_ptr": "*i32", "logits_ptr": "*bf16", "seeds_ptr": "*i32", "positions_ptr": "*i32"}
+def specimens_of(kernel, shared, sizes, grid, numbers=None):
+    """Launches for `gcu-compile check` of a kernel on rows of 151936 logits: everything asked for, top-p, a plain draw.
+
+    Args:
+        shared: types of the arguments beside the logits and the settings; sizes: constexprs; numbers: of arguments.
+    """
+    names = kernel.arg_names
+    shared = shared | {"logits_ptr": "*bf16", "seeds_ptr": "*i32", "positions_ptr": "*i32"}
     shared |= {"temperature_ptr": "*fp32", "stride": "i32", "vocab": "i32"}
+    shared = {name: kind for name, kind in shared.items() if name in names}
     kinds = {"forbidden_ptr": "*i8"}
     kinds |= dict.fromkeys(("top_p_ptr", "min_p_ptr", "bias_values"), "*fp32")
     kinds |= dict.fromkeys(("repetition_ptr", "frequency_ptr", "presence_ptr"), "*fp32")
     kinds |= dict.fromkeys(("top_k_ptr", "bias_offsets_ptr", "bias_ids"), "*i32")
     kinds |= dict.fromkeys(("history_offsets_ptr", "history_ids", "history_counts"), "*i32")
-    sizes = {"BLOCK": 4096, "PIVOTS": 16, "HALVES": 12}
-    values = {"stride": 151936, "vocab": 151936}
+    values = {"stride": 151936, "vocab": 151936} | (numbers or {})
     for label, asked in (("all", kinds), ("top_p", {"top_p_ptr": "*fp32"}), ("plain", {})):
         signature = shared | asked
         absent = {name: None for name in names if name not in signature and name not in sizes}
-        yield {"kernel": sample_kernel, "signature": signature, "constexprs": sizes | absent, "grid": (32,),
-               "num_warps": 4, "num_stages": 3, "values": values, "name": f"sample_kernel {label}"}  # fmt: skip
+        yield {"kernel": kernel, "signature": signature, "constexprs": sizes | absent, "grid": grid,
+               "num_warps": 4, "num_stages": 3, "values": values, "name": f"{kernel.__name__} {label}"}  # fmt: skip
+
+
+def _specimens():
+    sizes = {"BLOCK": 4096, "PIVOTS": 16, "HALVES": 12}
+    return specimens_of(sample_kernel, {"ids_ptr": "*i32"}, sizes, (32,))
 
 
 LEGALITY_SPECIMENS = list(_specimens())

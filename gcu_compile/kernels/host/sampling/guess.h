@@ -1,12 +1,13 @@
 // Where a threshold will lie, from two values of each group of the row: its maximum and one other.
 //
 // A group's mass is estimated as w(maximum) + size w(other), the latter unless it is the maximum: unbiased, and exact
-// in the few large weights that make most of the mass. A histogram of these over [max - range, max] tells the mass and count from a value on.
-// Guesses are checked by exact sums: a bad one costs a pass, never a wrong result.
+// in the few large weights that make most of the mass. A histogram of these over [max - range, max] tells the mass and
+// count from a value on; what a pass learns of an interval corrects the sampled part of it. Guesses are checked by exact
+// sums: a bad one costs a pass, never a wrong result.
 #pragma once
 
 #include <algorithm>
-#include <bit>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -68,43 +69,31 @@ class Guess {
       }
       add(both, groups.sizes[b], weights);
     }
-    for (const Bin& bin : bins_) total_ += bin[MASS];
   }
 
   // From a value on there are at least k tokens, for k up to a part of the groups: their maxima alone tell.
   Interval count(int64_t k, int32_t low, int32_t high, int64_t room) const {
-    int64_t groups = 0;
-    for (int i = 0; i < BINS; ++i) groups += bins_[i][MAXIMA];
-    if (k * 2 <= groups) {
-      int64_t sum = 0;
-      for (int i = 0; i < BINS; ++i) if ((sum += bins_[i][MAXIMA]) >= k) return {edge(i), high};
-    }
-    double spread = 3 * std::sqrt(double(k) * total_ / std::max<int64_t>(1, groups));
-    return around(double(k), spread, high, low, room);
-  }
-
-  // After a miss: the part of [low, high) next to the end that is known to be near.
-  Interval beside(int32_t low, int32_t high, bool near_high, int64_t room) const {
-    double count = 0;
-    if (near_high) {
-      int i = bin_of(float_of(high));
-      while (i < BINS && count + bins_[i][COUNT] < double(room)) count += bins_[i++][COUNT];
-      return {i == BINS ? low : edge(i), high};
-    }
-    int i = bin_of(float_of(low));
-    while (i > 0 && count + bins_[i][COUNT] < double(room)) count += bins_[i--][COUNT];
-    return {low, i == 0 ? high : edge(i)};
-  }
-
-  // From a value on the mass is `share` of all.
-  Interval mass(double share, int32_t low, int32_t high, int64_t room) const {
-    double above = 0, sum = 0;
+    double groups = 0, sum = 0;
+    for (const Bin& bin : bins_) groups += bin[KNOWN];
+    if (double(k) * 2 > groups) return part(double(k), -1, low, high, room);
     int at = 0;
-    for (; at < BINS - 1 && (sum + bins_[at][MASS]) < share * total_; ++at) sum += bins_[at][MASS], above += bins_[at][SQUARE];
-    double below = 0;
-    for (int i = at; i < BINS; ++i) below += bins_[i][SQUARE];
-    double deviation = std::sqrt((1 - share) * (1 - share) * above + share * share * below);
-    return around(share * total_, 2.5 * deviation, high, low, room);
+    while (at < BINS - 1 && (sum += bins_[at][KNOWN]) < double(k)) ++at;
+    return {edge(at), high};
+  }
+
+  // From a value of [low, high) on the mass, or count, within comes to `goal`. `whole` is that of [low, high), to which
+  // what was sampled is scaled; negative: not known.
+  Interval part(double goal, double whole, int32_t low, int32_t high, int64_t room) const {
+    int first = bin_of(float_of(high - 1)), last = bin_of(float_of(low)), at = first;
+    double known = 0, sampled = 0;
+    for (int i = first; i <= last; ++i) known += bins_[i][KNOWN], sampled += bins_[i][SAMPLED];
+    double scale = whole >= 0 && sampled > 0 ? std::max(0.0, whole - known) / sampled : 1;
+    double sum = 0, above = 0, below = 0;
+    for (; at < last && sum + mass(at, scale) < goal; ++at) sum += mass(at, scale), above += bins_[at][SQUARE];
+    for (int i = at; i <= last; ++i) below += bins_[i][SQUARE];
+    double share = std::clamp(goal / std::max(known + scale * sampled, DBL_MIN), 0.0, 1.0);
+    double spread = 2.5 * scale * std::sqrt((1 - share) * (1 - share) * above + share * share * below);
+    return around(goal, spread, scale, first, last, low, high, room);
   }
 
  private:
@@ -121,7 +110,7 @@ class Guess {
     return least;
   }
 
-  enum { MASS, SQUARE, COUNT, MAXIMA };  // of a bin; added at once
+  enum { KNOWN, SAMPLED, SQUARE, COUNT };  // of a bin: the maxima's mass, the others' and its squares; added at once
   typedef double Bin __attribute__((vector_size(32)));
 
   void add(const float* z, float size, const Weights* weights) {
@@ -133,33 +122,38 @@ class Guess {
     if (weights) weights->each(z, 2 * GROUPS, w);
     else std::fill(w, w + 2 * GROUPS, 1.0);
     for (int i = 0; i < GROUPS; ++i) {
-      if (z[i] != -INF) bins_[at[i]] += Bin{w[i], 0, 1, 1};
+      if (z[i] != -INF) bins_[at[i]] += Bin{w[i], 0, 0, 1};
     }
     for (int i = GROUPS; i < 2 * GROUPS; ++i) {
       double mass = w[i] * size;
-      if (z[i] != -INF && mass > 0) bins_[at[i]] += Bin{mass, mass * mass, size, 0};
+      if (z[i] != -INF && mass > 0) bins_[at[i]] += Bin{0, mass, mass * mass, size};
     }
   }
   int bin_of(float z) const { return z <= max_ ? int(std::min((max_ - z) * scale_, float(BINS - 1))) : 0; }
   int32_t edge(int bin) const { return key_of(max_ - (bin + 1.01f) / scale_); }
 
-  Interval around(double goal, double spread, int32_t high, int32_t low, int64_t room) const {
-    double sum = 0, count = 0, inside = 0;
-    int first = 0, at = 0;
-    for (; first < BINS - 1 && sum + bins_[first][MASS] < goal - spread; ++first) sum += bins_[first][MASS], count += bins_[first][COUNT];
-    double from_first = count;
-    for (at = first; at < BINS - 1 && sum + bins_[at][MASS] < goal + spread; ++at) sum += bins_[at][MASS], inside += bins_[at][COUNT];
-    inside += bins_[at][COUNT];
-    if (from_first + inside <= room) return {at == BINS - 1 ? low : edge(at), high};  // the whole set has room
-    int last = at;
-    while (inside > room && last > first) {  // too wide: take the ends off in turn
-      if ((last - first) % 2) inside -= bins_[last--][COUNT];
-      else inside -= bins_[first++][COUNT];
+  double mass(int bin, double scale) const { return bins_[bin][KNOWN] + scale * bins_[bin][SAMPLED]; }
+
+  // The bins of first ... last in which the sum comes to `goal`, give or take `spread`.
+  Interval around(double goal, double spread, double scale, int first, int last, int32_t low, int32_t high,
+                  int64_t room) const {
+    double sum = 0, above = 0, inside = 0;
+    int begin = first, end;
+    for (; begin < last && sum + mass(begin, scale) < goal - spread; ++begin) {
+      sum += mass(begin, scale), above += bins_[begin][COUNT];
     }
-    return {last == BINS - 1 ? low : edge(last), first == 0 ? high : edge(first - 1)};
+    for (end = begin; end < last && sum + mass(end, scale) < goal + spread; ++end) {
+      sum += mass(end, scale), inside += bins_[end][COUNT];
+    }
+    inside += bins_[end][COUNT];
+    if (above + inside <= double(room)) return {end == last ? low : edge(end), high};  // the whole set has room
+    while (inside > double(room) && end > begin) {  // too wide: take the ends off in turn
+      if ((end - begin) % 2) inside -= bins_[end--][COUNT];
+      else inside -= bins_[begin++][COUNT];
+    }
+    return {end == last ? low : edge(end), begin == first ? high : edge(begin - 1)};
   }
 
   float max_, scale_ = 1;
-  double total_ = 0;
   Bin bins_[BINS] = {};
 };

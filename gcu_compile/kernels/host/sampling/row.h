@@ -81,7 +81,8 @@ class Row : public Passes {
 
   Kept limit_count(const Kept& within, int64_t k) {
     return select(within, nullptr, [k](int64_t count, double) { return count >= k; },
-                  [k](const Guess& guess, int32_t low, int32_t high) { return guess.count(k, low, high, ROOM * 3 / 4); });
+                  [k](const Guess& guess, int32_t low, int32_t high) { return guess.count(k, low, high, ROOM_USED); },
+                  double(k));
   }
 
   Kept limit_mass(const Kept& within, double p) {
@@ -95,8 +96,11 @@ class Row : public Passes {
     }
     double shared = quick_total_ ? total_ : 0;
     blocks_weighed_ = false;
+    double goal = p * total_;
     return select(within, &weights_, [&](int64_t count, double mass) { return count > 0 && excess(mass, p, shared) >= 0; },
-                  [p](const Guess& guess, int32_t low, int32_t high) { return guess.mass(p, low, high, ROOM * 3 / 4); });
+                  [&](const Guess& guess, int32_t low, int32_t high) {
+                    return guess.part(goal, total_, low, high, ROOM_USED);
+                  }, goal);
   }
 
   // The sign of mass - share * total_. Both sums hold the same weights, so that an error in one is an error in the
@@ -112,12 +116,14 @@ class Row : public Passes {
   }
 
   // The shortest prefix, by descending z and ascending id, of the set `within` that `reached(count, mass)`.
-  // `weights`: null where only counts matter. `guess_of(guess, low, high)` gives a first interval.
+  // `weights`: null where only counts matter. `guess_of(guess, low, high)` gives a first interval; the others follow
+  // from `goal`, the mass or count at which it is reached.
   template <class Reached, class GuessOf>
-  Kept select(const Kept& within, const Weights* weights, Reached reached, GuessOf guess_of) {
+  Kept select(const Kept& within, const Weights* weights, Reached reached, GuessOf guess_of, double goal) {
     int32_t low = within.key, high = key_of(max_) + 1;  // low <= threshold < high
     if (complete_) return pick(within, low, high, 0, 0, reached);
     int64_t count_low = INT64_MAX, count_high = 0;
+    double from_low = weights ? total_ : -1, from_high = 0;  // masses or counts
     Interval next{high - 1, high};
     alignas(Guess) char memory[sizeof(Guess)];
     const Guess* guess = nullptr;
@@ -130,24 +136,23 @@ class Row : public Passes {
       bool fits = scan(float_of(l), h == key_of(max_) + 1 ? NONE : float_of(h), weights);
       int64_t above = sum(own_.beyond), from = above + sum(own_.inside);
       double mass_above = sum(own_.above), mass_from = sum(own_.from);
-      bool top = tries == 0 || h == high, bottom = tries == 0 || l == low;
       if (h < high && reached(above, mass_above)) {
-        low = h, count_low = above;
-        if (guess && bottom) next = guess->beside(low, high, false, ROOM / 2);
+        low = h, count_low = above, from_low = weights ? mass_above : double(above);
       } else if (l == low || reached(from, mass_from)) {
         if (fits) {
           complete_ = count_high == 0 && above == 0;
           return pick(within, l, h, above, mass_above, reached);
         }
         if (int64_t(h) - l == 1) return split_ties(within, l, above, mass_above, reached);
-        low = l, high = h, count_low = from, count_high = above, top = bottom = true;
-        next = {middle(low, high), high};
+        low = l, count_low = from, from_low = weights ? mass_from : double(from);
+        high = h, count_high = above, from_high = weights ? mass_above : double(above);
+        guess = nullptr;  // it was wrong about the room: by halves from here on
       } else {
-        high = l, count_high = from;
-        if (guess && top) next = guess->beside(low, high, true, ROOM / 2);
+        high = l, count_high = from, from_high = weights ? mass_from : double(from);
       }
       if (count_low - count_high <= ROOM) next = {low, high};
-      else if (tries > 2 || !guess) next = {middle(low, high), high};
+      else if (tries > 3 || !guess) next = {middle(low, high), high};
+      else next = guess->part(goal - from_high, from_low < 0 ? -1 : from_low - from_high, low, high, ROOM_USED);
     }
   }
 

@@ -9,6 +9,7 @@
 #include "logits.h"
 
 constexpr int ROOM = 4096;    // tokens of an interval that are gathered and searched directly
+constexpr int ROOM_USED = ROOM * 3 / 4;  // by a guess of how many there will be
 constexpr int PACKED = 1024;  // logits whose larger ones are packed at a time
 
 struct Scratch {
