@@ -281,7 +281,8 @@ def telling_bypasses(tell: Callable[[str], None]) -> Iterator[None]:
             return original(*args, **kwargs)
         except Exception as error:
             told = True
-            tell(f"AOTAutograd's cache was bypassed: {str(error).strip().splitlines()[0]}")
+            reason = re.sub(r" at 0x[0-9a-f]+", "", str(error).strip().splitlines()[0]).rstrip(". ")
+            tell(f"AOTAutograd's cache was bypassed: {reason}")
             raise
 
     with mock.patch.object(autograd_cache, "autograd_cache_key", key):
