@@ -187,7 +187,21 @@ def grouped(q, k, v, change=lambda scores: scores, sdpa=False, innermost=True):
     return out.reshape(batch, heads, length, v.shape[-1])
 
 
+def alibi_of_groups(scores):
+    """One slope of each head, [kv_heads, group, 1, 1], times the distance."""
+    kv_heads, group = scores.shape[1:3]
+    slopes = torch.full((kv_heads * group,), 0.5).pow(torch.arange(1, kv_heads * group + 1))
+    return scores + (slopes.view(kv_heads, group, 1, 1) * distance(scores)).to(scores.dtype)
+
+
+def waves_of_groups(scores):
+    """A bias of its own for every head, query and key."""
+    places = torch.arange(scores[0].numel(), dtype=torch.float32).view(scores.shape[1:])
+    return scores + torch.sin(places * 1.5).to(scores.dtype)
+
+
 GROUPED = {
+    "alibi": (lambda q, k, v: grouped(q, k, v, lambda s: masked(CAUSAL)(alibi_of_groups(s))), {"causal": True}),
     "plain": (grouped, {"causal": False}),
     "window": (lambda q, k, v: grouped(q, k, v, masked(WINDOW)), {"causal": True, "window": 3}),
     "soft cap": (lambda q, k, v: grouped(q, k, v, lambda s: 5 * torch.tanh(s / 5)), {"soft_cap": 5.0}),
@@ -203,6 +217,7 @@ def test_groups_in_a_dimension_of_their_own(name, dtype, symbolic):
     gm, report = check(fn, *qkv(6, 2, v_size=8, dtype=dtype), symbolic=symbolic)
     node = is_fused(gm, report, expected)
     assert [node.args[i].meta["val"].shape[1] for i in (0, 1, 2)] == [6, 2, 2] and node.args[3] is None
+    assert (node.args[4] is not None) == (name == "alibi")
 
 
 @pytest.mark.parametrize("heads, kv_heads, batch", [(4, 1, 2), (4, 4, 2), (4, 2, 1), (4, 1, 1), (1, 1, 1)])
@@ -224,13 +239,26 @@ def test_groups_of_five_dimensional_inputs_with_padding(symbolic):
     assert [node.args[i].meta["val"].shape[1] for i in (0, 1, 3)] == [6, 2, 1]
 
 
+@pytest.mark.parametrize("innermost", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_bias_of_each_head_in_groups(batch, innermost):
+    for change in (alibi_of_groups, waves_of_groups):
+        fn = lambda q, k, v, change=change: grouped(q, k, v, change, innermost=innermost)  # noqa: E731
+        node = is_fused(*check(fn, *qkv(6, 2, batch=batch)))
+        if batch > 1:  # one sequence is read as a batch of groups, to which ALiBi is a bias like any other
+            assert (node.args[3] is None) == (change is alibi_of_groups)
+    bias = torch.randn(batch, 2, 3, 7, 7)
+    gm, report = check(lambda q, k, v, m: grouped(q, k, v, lambda s: s + m), *qkv(6, 2, batch=batch), bias)
+    assert is_fused(gm, report).args[3].meta["val"].shape == ((2, 6, 7, 7) if batch > 1 else (2, 3, 7, 7))
+
+
 def test_near_misses_of_groups():
     exchanged = lambda q, k, v: grouped(q, k, v, innermost=False)  # noqa: E731
     gm, report = check(exchanged, *qkv(6, 2))  # heads alternate: no groups, each has its own keys
     assert is_fused(gm, report).args[1].meta["val"].shape[1] == 6
-    bias = torch.randn(1, 2, 3, 7, 7)
+    bias = torch.randn(1, 2, 1, 7, 7)
     gm, report = check(lambda q, k, v, m: grouped(q, k, v, lambda s: s + m), *qkv(6, 2), bias)
-    assert not calls(gm, ATTENTION) and "differs between heads" in statuses(report, "attention")[0][1]
+    assert not calls(gm, ATTENTION) and "differs between groups" in statuses(report, "attention")[0][1]
     gm, report = check(lambda q, k, v: grouped(q, k, v, lambda s: s.mT), *qkv(6, 2))
     assert not calls(gm, ATTENTION)
 

@@ -155,7 +155,9 @@ def _build(graph: Graph, node: Node, found: Attention) -> Node:
     bias, slopes, offset = _bias(graph, found), None, found.offset
     if found.slopes:
         axes, factor = found.slopes
-        slopes = arranged(graph, axes.node, (axes.lead[-1],))
+        slopes = arranged(graph, axes.node, axes.lead[1:] or axes.lead)
+        if len(axes.lead) == 3:  # groups, and the heads of each
+            slopes = graph.call_function(aten.reshape.default, (slopes, [axes.batch_and_heads()[1]]))
         slopes = slopes if factor == 1 else graph.call_function(aten.mul.Tensor, (slopes, factor))
     if isinstance(offset, torch.SymInt):
         ends = (size_of(graph, one.node, one.rows) if one.rows is not None else 1 for one in (found.k, found.q))

@@ -47,8 +47,8 @@ class Masks:
                 return reason
         for axes in self.scores.added:
             self._add(axes)
-        if any(len(axes.lead) == 3 for axes in self.attention.biases):
-            return "a bias differs between heads that are in groups of a dimension of their own"
+        if any(len(axes.lead) == 3 and None in axes.lead[1:] for axes in self.attention.biases):
+            return "a bias differs between groups of heads, or between the heads of each group, but not between both"
         self.attention.restores_nan = self.may_be_blind and not self.scores.safe
         return None
 
@@ -178,10 +178,11 @@ class Masks:
                 rows, columns, rest = self._slope(form, broadcast(distance, here))
                 if rest or not columns or isinstance(columns, torch.SymInt):
                     continue
-                if len(heads.lead) == 3 or (len(heads.lead) == 2 and heads.lead[0] is not None):
-                    continue  # a slope per sequence, or heads in two dimensions
-                if heads.lead[-1] is None or (len(heads.lead) == 1 and self.attention.split is not None):
-                    continue
+                lead = heads.lead
+                if len(lead) > 1 and lead[0] is not None:
+                    continue  # a slope per sequence
+                if None in lead[1:] or lead == (None,) or (len(lead) == 1 and self.attention.split is not None):
+                    continue  # not one of each head
                 return heads, float(columns)
         return None
 
