@@ -25,7 +25,8 @@ demo: install
 test: install
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# The versions that a card has today: all tests of gcu_compile, and vLLM 0.26 on the emulated card. Some 15 minutes.
+# The versions that a card has today: all tests of gcu_compile, and vLLM 0.26 on the emulated card. Up to an hour on two
+# busy cores.
 CARD_VENV ?= .venv-card
 CARD_PIP = $(CARD_VENV)/bin/python -m pip --disable-pip-version-check
 CARD_TESTS = --ignore tests/vllm tests
