@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch.fx import Node
@@ -33,6 +33,17 @@ def compute(node: Node) -> None:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
     with mode or contextlib.nullcontext(), symbolic_dispatch(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
+
+
+def calling(graph: torch.fx.Graph) -> Callable[..., Node]:
+    """`call(target, *args, **kwargs)` inserts a call of `target` with its fake value."""
+
+    def call(target, *args, **kwargs) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        compute(node)
+        return node
+
+    return call
 
 
 def mode_of(graph: torch.fx.Graph) -> torch._subclasses.FakeTensorMode | None:

@@ -44,19 +44,8 @@ def _linear(node: torch.fx.Node):
     return Linear(x, weight, bias)
 
 
-def _call(graph: torch.fx.Graph):
-    """Inserts a call with its fake value."""
-
-    def call(target, *args, **kwargs):
-        node = graph.call_function(target, args, kwargs)
-        fakes.compute(node)
-        return node
-
-    return call
-
-
 def _build_linear(graph, node, match: Linear):
-    call, weight, n = _call(graph), match.weight, value_of(node).shape[-1]
+    call, weight, n = fakes.calling(graph), match.weight, value_of(node).shape[-1]
     scales = placed(weight.scales.source, weight.scales, n, 0, call)
     zeros = weight.zeros and placed(weight.zeros.source, weight.zeros, n, weight.zero_offset, call)
     if zeros is not None and value_of(zeros).shape[0] != value_of(scales).shape[0]:
@@ -175,7 +164,7 @@ def _stored(matrix):
 
 
 def _build_integers(graph, node, match: Integers):
-    call, n, scales, x_scales = _call(graph), value_of(node).shape[-1], match.scales, match.x_scales
+    call, n, scales, x_scales = fakes.calling(graph), value_of(node).shape[-1], match.scales, match.x_scales
     if _single(scales):
         if not isinstance(n, int):
             n = call(aten.sym_size.int, match.weight, 0 if match.layout == "int8_rows" else 1)

@@ -204,10 +204,7 @@ def _guard(match: Match) -> str | None:
 
 def _builder(operation: Any):
     def build(graph: Graph, node: Node, match: Match) -> Node:
-        def call(target, *args):
-            new = graph.call_function(target, args)
-            fakes.compute(new)
-            return new
+        call = fakes.calling(graph)
 
         def shaped(new: Node, old: Node, extra: int) -> Node:
             way = _shaped(value_of(old), value_of(new), extra)

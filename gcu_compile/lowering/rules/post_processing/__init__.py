@@ -94,12 +94,7 @@ def _note(node: Node, chain: Chain) -> str:
 
 
 def _build(graph: torch.fx.Graph, node: Node, chain: Chain) -> Node:
-    def call(target, *args, **kwargs):
-        new = graph.call_function(target, args, kwargs)
-        fakes.compute(new)
-        return new
-
-    bare = piece.bare(chain.cut.logits)
+    call, bare = fakes.calling(graph), piece.bare(chain.cut.logits)
     logits, value = bare.logits, value_of(bare.logits)
     device = value.device
     rows, vocab = (
