@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     speed = bandwidth()
     print(f"read bandwidth {speed / 1e6:.1f} GB/s, {torch.get_num_threads()} threads")
     decode, prefill = Batch(8, 4096, 1), Batch(1, 2048, 2048)

@@ -121,9 +121,7 @@ def w8a16(x):
     ours = [pages.huge(layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K)) for w in plain]
     peers = {"ours": of(ours, lambda w: torch.ops.gcu.dequant_gemm.default(x, w, scales, layout="host_int8"))}
     flat = scales.reshape(-1)
-    optional(
-        peers, "aten int8pack", lambda: of(plain, lambda w: torch.ops.aten._weight_int8pack_mm(x, w, flat))
-    )
+    optional(peers, "aten int8pack", lambda: of(plain, lambda w: torch.ops.aten._weight_int8pack_mm(x, w, flat)))
     optional(peers, "bf16 linear", lambda: bf16(x))
     return peers, N * K
 
@@ -182,6 +180,7 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.thread_time
     torch.manual_seed(0)
+    torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     print("| format | M | kernel | ms | of ours | GB/s of weights | T(FL)OP/s | of a plain read |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
     results, read = [], plain_read()

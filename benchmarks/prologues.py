@@ -1,6 +1,6 @@
 """Add + RMSNorm + int8 and SwiGLU + int8, a scale per token, bfloat16, against vLLM's kernels and Inductor.
 
-    python benchmarks/prologues.py [--tokens 512] [--json FILE]
+python benchmarks/prologues.py [--tokens 512] [--json FILE]
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     results = []
     print("| what | tokens | kernel | ms | of ours |\n|---|--:|---|--:|--:|")
     for name, measure in (("add, RMSNorm, int8", norm), ("SwiGLU, int8", swiglu)):

@@ -30,7 +30,7 @@ FLAGS = (
 )
 # Option host_isa -> what the compiler is told (psABI levels of x86-64).
 ISA_FLAGS = {
-    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
@@ -47,7 +47,7 @@ def host_isa() -> str:
         KernelBuildError: one was asked for that this CPU lacks.
     """
     best = BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    if best == "avx512" and torch.cpu._is_amx_tile_supported():
+    if best == "avx512" and _has_amx():
         best = "amx"
     asked = resolve().host_isa
     if asked == "auto":
@@ -56,6 +56,12 @@ def host_isa() -> str:
     if order.index(asked) > order.index(best):
         raise KernelBuildError(f"host_isa {asked!r} is not available on this CPU; the best here is {best!r}")
     return asked
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """Whether this CPU has AMX's tiles and the operating system lets this process use them; asks it to."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def isa_flags(isa: str) -> tuple[str, ...]:

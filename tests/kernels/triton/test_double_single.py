@@ -88,24 +88,25 @@ def test_sum_of_weights_has_no_order(order):
 
 
 @triton.jit
-def draw(seeds_ptr, positions_ptr, out_ptr, rows, N: tl.constexpr):
+def draw(seeds_ptr, positions_ptr, out_ptr, rows, STREAM: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     mask = at < rows
     k0 = tl.load(seeds_ptr + 2 * at, mask=mask, other=0).to(tl.uint32, bitcast=True)
     k1 = tl.load(seeds_ptr + 2 * at + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
     c0 = tl.load(positions_ptr + 2 * at, mask=mask, other=0).to(tl.uint32, bitcast=True)
     c1 = tl.load(positions_ptr + 2 * at + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    hi, lo = philox.uniform(k0, k1, c0, c1)
+    hi, lo = philox.uniform(k0, k1, c0, c1, STREAM)
     tl.store(out_ptr + 2 * at, hi, mask=mask)
     tl.store(out_ptr + 2 * at + 1, lo, mask=mask)
 
 
-def test_philox_is_the_meanings():
+@pytest.mark.parametrize("stream", [0, 1])
+def test_philox_is_the_meanings(stream):
     generator = torch.Generator().manual_seed(3)
     seeds = torch.randint(-(2**62), 2**62, (1000,), generator=generator)
     positions = torch.randint(0, 2**45, (1000,), generator=generator)
     seeds[0] = positions[0] = 0
     out = torch.empty(1000, 2)
-    Interpreted(draw)[(1,)](seeds.view(torch.int32), positions.view(torch.int32), out, 1000, 1024)
-    expected = eager.uniform(seeds, positions)
+    Interpreted(draw)[(1,)](seeds.view(torch.int32), positions.view(torch.int32), out, 1000, stream, 1024)
+    expected = eager.uniform(seeds, positions, stream)
     assert (out.double().sum(1) - expected).abs().max() < 2.0**-48
