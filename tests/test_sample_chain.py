@@ -1,6 +1,8 @@
 """Chains with symbolic sizes, with a tensor of settings, behind masks and penalties: what they keep is what plain torch
 keeps, token by token."""
 
+import re
+
 import pytest
 import torch
 
@@ -210,19 +212,74 @@ def test_inside_inductors_code():
     assert report.fused["sample_chain"] == 1
 
 
+def exponential(p):
+    return torch.empty_like(p).exponential_()
+
+
+# Spelling -> the draw of a chain's probabilities, or of its logits.
+RACES = {
+    "vllm": lambda x: (nucleus(x, 0.8) / exponential(x.float())).argmax(-1),
+    "uniform": lambda x: (nucleus(x, 0.8) / -torch.rand_like(x.float()).log()).argmax(-1),
+    "log1p": lambda x: (nucleus(x, 0.8) / -torch.log1p(-torch.rand_like(x.float()))).argmax(-1),
+    "rate": lambda x: (nucleus(x, 0.8) * torch.empty_like(x.float()).exponential_(3.0).reciprocal()).argmax(-1),
+    "gumbel": lambda x: (x.float() / 0.7 - (-torch.rand_like(x.float()).log()).log()).argmax(-1),
+    "added": lambda x: (pp.top_k(x.float(), 20) + -exponential(x.float()).log()).argmax(-1),
+}
+SETTINGS = ("temperature", "top_k", "top_p", "min_p")
+MEANT = {"gumbel": {"temperature": 0.7}, "added": {"temperature": 1.0, "top_k": 20}}
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_exponential_noise_is_refused(dynamic):
-    """argmax(p / e) draws from p, by noise of its own: it stays as it is."""
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_with_exponential_noise_is_a_draw(monkeypatch, name, dynamic):
+    """argmax(p / e) draws from p: 4000 rows alike give each token as often as its probability says."""
+    rows, vocab, seen = 4000, 61, []
+    run = host.run
+    monkeypatch.setattr(host, "run", lambda logits, **asked: seen.append(asked) or run(logits, **asked))
+    x = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 2
+    ids, report, _ = lowered(RACES[name], x.expand(rows, vocab).contiguous(), dynamic=dynamic)
+    assert report.fused["sample_chain"] == 1 and ids.shape == (rows,)
+    meant = MEANT.get(name, {"temperature": 0.7, "top_p": 0.8})
+    asked = {key: torch.full((1,), value, dtype=torch.int32 if key == "top_k" else None) for key, value in meant.items()}
+    assert {key: value[0].item() for key, value in seen[-1].items() if key in SETTINGS and value is not None} == {
+        key: pytest.approx(value) for key, value in meant.items()
+    }
+    kept, weights = eager.kept_set(x, **asked)
+    expected = torch.where(kept, weights, 0.0)[0].double()
+    expected *= rows / expected.sum()
+    counts = torch.bincount(ids, minlength=vocab).double()
+    assert counts[expected == 0].sum() == 0
+    large = expected >= 5
+    # Chi-square: its mean is the degrees of freedom, its deviation sqrt(2 n); five of them are a chance of 1e-5.
+    chi = ((counts - expected)[large] ** 2 / expected[large]).sum()
+    freedom = int(large.sum()) - 1
+    assert chi < freedom + 5 * (2 * freedom) ** 0.5
 
-    def fn(x):
-        p = nucleus(x, 0.8)
-        noise = torch.empty_like(p)
-        noise.exponential_()
-        return (p / noise).argmax(-1)
 
+def test_a_race_leaves_no_noise_behind():
+    _, report, _ = lowered(RACES["vllm"], torch.randn(3, VOCAB))
+    after = report.steps[-1].ops_after
+    assert "gcu.sample" in " ".join(after)
+    assert not {name for name in after if re.search(r"exp|log|sort|\brand\b", name)}, after
+
+
+# Not a race by one exponential number a token -> what the reason says.
+NOT_RACES = {
+    "normal": (lambda x: (nucleus(x, 0.8) / torch.randn_like(x)).argmax(-1), "computed from . values"),
+    "uniform": (lambda x: (nucleus(x, 0.8) / torch.rand_like(x)).argmax(-1), "not that of an exponential"),
+    "squared": (lambda x: (nucleus(x, 0.8) / exponential(x) ** 2).argmax(-1), "not that of an exponential"),
+    "per row": (lambda x: (nucleus(x, 0.8) / exponential(x[:, :1])).argmax(-1), "not one number a token"),
+    "shared": (lambda x: [(nucleus(x, 0.8) / (e := exponential(x))).argmax(-1), e][0] + e[:, 0].long(), "used elsewhere"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", NOT_RACES)
+def test_other_noise_is_refused(name, dynamic):
+    fn, reason = NOT_RACES[name]
     _, report, _ = lowered(fn, torch.randn(3, VOCAB), dynamic=dynamic)
     (record,) = (match for match in report.matches if match.rule == "sample_chain")
-    assert record.status == "near_miss" and "rand" in record.reason
+    assert record.status == "near_miss" and re.search(reason, record.reason), record.reason
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

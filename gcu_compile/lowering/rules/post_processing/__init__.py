@@ -3,16 +3,16 @@
     logits -> what is no chain (penalties, biases): stays      piece.py   where the chain begins
            -> masks, a widening cast                           piece.py   -> forbidden, the logits' own dtype
            -> temperature, top-k, top-p, min-p, softmax        fit.py     -> settings
-           -> multinomial or argmax
+           -> multinomial, argmax, or argmax of a race             noise.py
 
 A chain is spelled in a hundred ways, so the rule does not look at the spelling: it runs the piece of the graph on probe
 rows (`lowering/probe.py`) and compares the probabilities with those that `gcu::sample` means by settings built of the
 piece's own numbers and per-row tensors. It tries the earliest place where the chain may begin first, then later ones.
 
 Opt-in, because the result differs where plain torch leaves it to chance: `multinomial` draws another token from the
-same distribution (torch's generator now gives the seed), equal logits at a threshold are cut by id, a NaN counts as
--inf, a row without a token gives id 0, a temperature of 0 is greedy where plain torch divides by it, and tokens within
-float32's error of a threshold fall where float64 puts them.
+same distribution (torch's generator now gives the seed), and so does a race with exponential noise; equal logits at a
+threshold are cut by id, a NaN counts as -inf, a row without a token gives id 0, a temperature of 0 is greedy where plain
+torch divides by it, and tokens within float32's error of a threshold fall where float64 puts them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx import Node
 from gcu_compile.kernels.sampling import eager
 from gcu_compile.lowering import fakes
 from gcu_compile.lowering.rule import Refusal, Rule, same_size, value_of
-from gcu_compile.lowering.rules.post_processing import fit, piece
+from gcu_compile.lowering.rules.post_processing import fit, noise, piece
 from gcu_compile.torch_private import without_modes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -44,7 +44,7 @@ class Chain:
 
 
 def _match(node: Node):
-    """multinomial(chain(logits), 1) or argmax(chain(logits), -1)"""
+    """multinomial(chain(logits), 1), argmax(chain(logits), -1), or argmax(chain(logits) / exponential noise, -1)"""
     greedy = node.target is aten.argmax.default
     arguments = (
         dict(zip(("self", "dim" if greedy else "num_samples", "keepdim"), node.args, strict=False)) | node.kwargs
@@ -54,14 +54,20 @@ def _match(node: Node):
         return None
     if greedy and arguments.get("dim") not in (-1, 1):
         return None
+    logs = False
+    if greedy and isinstance(race := noise.race_of(root), str):
+        return Refusal(race, near=True)
+    elif greedy and race:
+        root, logs, greedy = race.root, race.logs, False
     nodes, inputs = piece.links_of(root)
-    if not piece.is_chain(nodes):
+    if not logs and not piece.is_chain(nodes):
         return None
-    if not greedy and arguments["num_samples"] != 1:
+    drawn = node.target is aten.multinomial.default
+    if drawn and arguments["num_samples"] != 1:
         return Refusal(f"{arguments['num_samples']} samples a row; gcu::sample draws one", near=True)
-    if not greedy and arguments.get("generator") is not None:
+    if drawn and arguments.get("generator") is not None:
         return Refusal("multinomial has a generator of its own", near=True)
-    cuts = list(piece.cuts(root, nodes, inputs))
+    cuts = list(piece.cuts(root, nodes, inputs, logs))
     if cuts:
         return Chain(root, greedy, cuts)
     names = ", ".join(source.name for source in inputs)
@@ -124,12 +130,14 @@ def _build(graph: torch.fx.Graph, node: Node, chain: Chain) -> Node:
             mask = call(aten.logical_or.default, mask, other)
         settings["forbidden"] = contiguous(call(aten.expand.default, mask, [rows, vocab]))
     positions = call(aten.full.default, [rows], 0, dtype=torch.int64, device=device)
-    if chain.greedy:
-        new = call(torch.ops.gcu.sample.default, logits, positions, positions, **settings)
+    seeds = positions
+    if not chain.greedy:
+        seeds = call(aten.randint.low, 0, 2**62, [rows], dtype=torch.int64, device=device)
+    new = call(torch.ops.gcu.sample.default, logits, seeds, positions, **settings)
+    keep = True
+    if node.target is aten.argmax.default:
         keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-        return call(aten.unsqueeze.default, new, -1) if keep else new
-    seeds = call(aten.randint.low, 0, 2**62, [rows], dtype=torch.int64, device=device)
-    return call(aten.unsqueeze.default, call(torch.ops.gcu.sample.default, logits, seeds, positions, **settings), -1)
+    return call(aten.unsqueeze.default, new, -1) if keep else new
 
 
 RULES: tuple[Rule, ...] = (

@@ -62,8 +62,10 @@ class Case:
             given |= {node: size_at(value_of(node), self.numbers) for node in self.cut.numbers}
             for index, node in enumerate(self.cut.per_row):
                 given[node] = self._values(node, index, (roles or {}).get(node), kind + turn, beyond)
-            values = probe.run_all([self.cut.nodes[-1], *settings_nodes(self.cut)], given)
-            self.found[key] = (x, values[0].float(), dict(zip(settings_nodes(self.cut), values[1:], strict=True)))
+            root = self.cut.nodes[-1] if self.cut.nodes else self.cut.logits
+            values = probe.run_all([root, *settings_nodes(self.cut)], given)
+            got = values[0].float().softmax(-1) if self.cut.logs else values[0].float()
+            self.found[key] = (x, got, dict(zip(settings_nodes(self.cut), values[1:], strict=True)))
         return self.found[key]
 
     def _values(self, node: Node, index: int, role: str | None, turn: int, beyond: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 # What a chain is made of beside moves and arithmetic.
 NAMES = (
     *("topk", "sort", "cumsum", "kthvalue", "gather", "scatter", "slice_scatter", "select_scatter", "copy"),
-    *("exp", "log", "amax", "max", "sum", "_softmax", "_log_softmax", "softmax", "log_softmax", "div", "reciprocal"),
+    *("exp", "log", "log1p", "amax", "max", "sum", "_softmax", "_log_softmax", "softmax", "log_softmax", "div", "reciprocal"),
     *("masked_fill", "logical_not", "logical_and", "logical_or", "bitwise_not", "maximum", "minimum", "clamp"),
     *("full_like", "zeros_like", "ones_like", "zeros", "empty", "logsumexp", "rsub", "lift_fresh_copy"),
     *("clamp_min", "clamp_max", "eq", "ne"),
@@ -40,6 +40,7 @@ class Cut:
     nodes: list[Node]
     per_row: list[Node]
     numbers: list[Node]
+    logs: bool = False  # the root is logits, whose softmax the probabilities are
 
 
 @dataclass
@@ -78,13 +79,13 @@ def is_chain(nodes: list[Node]) -> bool:
     return any(word in str(link.target) for link in nodes for word in TELLING)
 
 
-def cuts(root: Node, nodes: list[Node], inputs: list[Node]) -> Iterator[Cut]:
+def cuts(root: Node, nodes: list[Node], inputs: list[Node], logs: bool = False) -> Iterator[Cut]:
     """Every place where the chain may begin, the earliest first: from there on nothing is read but logits, numbers
-    and one value a row."""
+    and one value a row. `logs`: the root is logits, and may itself be where it begins."""
     shape = value_of(root)
     for place in (*inputs, *nodes):
         value = value_of(place)
-        if place is root or not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
+        if place is root and not logs or not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
             continue
         if not same_shape(value, shape):
             continue
@@ -92,8 +93,8 @@ def cuts(root: Node, nodes: list[Node], inputs: list[Node]) -> Iterator[Cut]:
         others = [source for source in sources if source is not place]
         numbers = [source for source in others if is_number(source)]
         per_row = [source for source in others if not is_number(source)]
-        if place in sources and is_chain(inner) and all(is_per_row(one, shape.shape[0]) for one in per_row):
-            yield Cut(place, inner, per_row, numbers)
+        if place in sources and (logs or is_chain(inner)) and all(is_per_row(one, shape.shape[0]) for one in per_row):
+            yield Cut(place, inner, per_row, numbers, logs)
 
 
 def is_per_row(node: Node, rows) -> bool:
