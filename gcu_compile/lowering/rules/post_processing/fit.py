@@ -30,6 +30,8 @@ LARGEST = 1 << 23  # logits of a probe
 DECAYS = (0.03, 0.07, 0.13, 0.19, 0.27, 0.37, 0.7, 0.95)
 KINDS = 4  # of probe rows, beside those
 MOST_WORK = 1 << 25  # logits that are probed for the domains of per-row settings, beyond the least that must be
+TOP = 1024  # tokens of a probe row that weigh anything, and more
+NOTHING = -60.0  # logarithm of a weight below every tolerance here
 ROWS = ((2, 3), (3, 5))  # numbers for symbols of the rows, first and second in turn
 NUMBERS = ((9, 12, 7), (14, 6, 11))  # for other symbols: a top-k
 VOCABS = (997, 8192)  # least and most for a symbolic vocabulary
@@ -255,16 +257,28 @@ def _same_first_row(case: Case, kind: int, settings: dict[str, Setting]) -> bool
     return _same(case, x[:1], got[:1], settings, row, rows=1)
 
 
+def _expected(x: torch.Tensor, asked: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Probabilities of probe rows, in float64. Only the TOP largest of a row are sorted where the others weigh nothing:
+    a top-k or top-p that reaches beyond them adds nothing that a comparison could see."""
+    if x.shape[1] > TOP:
+        top, ids = x.topk(TOP, dim=-1)
+        temperature = asked.get("temperature", torch.ones(1)).clamp(min=eager.GREEDY)
+        if bool(((top[:, -1] - top[:, 0]) / temperature < NOTHING).all()):
+            inside = {name: value.clamp(max=TOP) if name == "top_k" else value for name, value in asked.items()}
+            return torch.zeros(x.shape, dtype=torch.float64).scatter(1, ids, _expected(top, inside))
+    kept, weights = eager.kept_set(x, **asked)
+    mass = torch.where(kept, weights, 0.0)
+    return mass / mass.sum(-1, keepdim=True)
+
+
 def _same(case: Case, x, got, settings, values, greedy: bool = False, edge: bool = False, rows: int | None = None):
     """Whether `got` are the probabilities that the settings mean (greedy: largest at the same token)."""
     if greedy:
         return torch.equal(got.argmax(-1), x.float().argmax(-1))
     asked = {name: case.setting(name, setting, values)[:rows] for name, setting in settings.items()}
-    kept, weights = eager.kept_set(x.float(), **asked)
-    mass = torch.where(kept, weights, 0.0)
-    expected = mass / mass.sum(-1, keepdim=True)
-    if got.shape != expected.shape:
+    if got.shape != x.shape:
         return False
+    expected = _expected(x.float(), asked)
     if edge:
         finite = got.isfinite().all(-1)
         got, expected = got[finite], expected[finite]
