@@ -11,8 +11,8 @@ piece's own numbers and per-row tensors. It tries the earliest place where the c
 
 Opt-in, because the result differs where plain torch leaves it to chance: `multinomial` draws another token from the
 same distribution (torch's generator now gives the seed), and so does a race with exponential noise; equal logits at a
-threshold are cut by id, a NaN counts as -inf, a row without a token gives id 0, a temperature of 0 is greedy where plain
-torch divides by it, and tokens within float32's error of a threshold fall where float64 puts them.
+threshold are cut by id, a NaN counts as -inf, a row without a token gives id 0, a temperature of 0 is greedy where
+plain torch divides by it, and tokens within float32's error of a threshold fall where float64 puts them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A draw spelled as a race: the largest of p / e, or of log p - log e, with e from an exponential distribution.
 
-Of independent exponential times e / p the first is token i with probability p_i, so that `argmax(p / e)` draws from p as
-`multinomial` does (the exponential race; with logarithms, the Gumbel-max trick). Whether a piece of the graph makes such
-noise is found out by running it on known uniform numbers.
+Of independent exponential times e / p the first is token i with probability p_i, so that `argmax(p / e)` draws from p
+as `multinomial` does (the exponential race; with logarithms, the Gumbel-max trick). Whether a piece of the graph makes
+such noise is found out by running it on known uniform numbers.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 # What a chain is made of beside moves and arithmetic.
 NAMES = (
     *("topk", "sort", "cumsum", "kthvalue", "gather", "scatter", "slice_scatter", "select_scatter", "copy"),
-    *("exp", "log", "log1p", "amax", "max", "sum", "_softmax", "_log_softmax", "softmax", "log_softmax", "div", "reciprocal"),
+    *("exp", "log", "log1p", "amax", "max", "sum", "_softmax", "_log_softmax", "softmax", "log_softmax"),
+    *("div", "reciprocal"),
     *("masked_fill", "logical_not", "logical_and", "logical_or", "bitwise_not", "maximum", "minimum", "clamp"),
     *("full_like", "zeros_like", "ones_like", "zeros", "empty", "logsumexp", "rsub", "lift_fresh_copy"),
     *("clamp_min", "clamp_max", "eq", "ne"),
