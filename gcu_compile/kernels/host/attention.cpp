@@ -5,8 +5,8 @@
 //   -> for each tile of keys: pack K transposed and V -> S = Q K^T -> softmax, online -> O = alpha O + P V
 //   -> O / sum; parts of the keys are merged afterwards
 //
-// Two arithmetics: F32 (any instruction set, GCC vectors), and BF16 (AVX512-BF16 dot products with float32 sums) for
-// bfloat16 queries on a bfloat16 or int8 cache. Integers up to 256 are exact in bfloat16, so int8 caches are read
+// Three arithmetics: F32 (any instruction set, GCC vectors), and for bfloat16 queries on a bfloat16 or int8 cache, with
+// float32 sums, AmxBF16 (products of tiles, in builds for AMX) and BF16 (AVX512-BF16 dot products). Integers up to 256 are exact in bfloat16, so int8 caches are read
 // exactly, and their scales multiply scores, weights or the result in float32.
 //
 // The headers' code has internal linkage: builds for several instruction sets can be loaded into one process, and its
@@ -21,6 +21,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention/amx_bf16.h"
 #include "attention/arguments.h"
 #include "attention/bf16.h"
 #include "attention/checks.h"
@@ -55,7 +56,7 @@ template <class P>
 void attend(const Arguments& in) {
   std::vector<std::vector<Item>> split;
   int64_t partial_rows = 0, dv = rounded(in.v_dim, LANES);
-  std::vector<Item> items = plan(in, split, partial_rows);
+  std::vector<Item> items = plan<P>(in, split, partial_rows);
   int64_t products = 0;
   for (const Item& i : items)
     products += (i.last_key - i.first_key) * i.head_count * i.token_count * (in.head_dim + in.v_dim);
@@ -64,6 +65,7 @@ void attend(const Arguments& in) {
   partials.sums.resize(partial_rows * dv), partials.maxima.resize(partial_rows), partials.weights.resize(partial_rows);
 #pragma omp parallel num_threads(in.threads) if (parallel)
   {
+    [[maybe_unused]] typename P::Thread thread;
     auto tile = std::make_unique<Tile<P>>(in, partials);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < items.size(); ++i) tile->run(items[i]);
@@ -83,8 +85,11 @@ extern "C" int32_t gcu_attention(const Arguments* arguments) {
     std::memset(in.out, 0, in.query_start_loc[0] * token);
     std::memset(static_cast<char*>(in.out) + end * token, 0, (in.tokens - end) * token);
   }
-#ifdef __AVX512F__
-  bool exact = in.dtype == BF16T && (in.cache_dtype == BF16T || in.cache_dtype == I8T);
+  [[maybe_unused]] bool exact = in.dtype == BF16T && (in.cache_dtype == BF16T || in.cache_dtype == I8T);
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+  if (exact) attend<AmxBF16>(in);
+  else attend<F32>(in);
+#elif defined(__AVX512F__)
   if (exact && __builtin_cpu_supports("avx512bf16")) attend<BF16>(in);
   else attend<F32>(in);
 #else

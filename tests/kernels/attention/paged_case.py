@@ -8,7 +8,7 @@ from gcu_compile.kernels.host import build
 
 # Instruction sets that kernels can be built for and run on here.
 ORDER = ("portable", "avx2", "avx512", "amx")
-ISAS = [isa for isa in ORDER[:3] if ORDER.index(isa) <= ORDER.index(build.host_isa())]
+ISAS = [isa for isa in ORDER if ORDER.index(isa) <= ORDER.index(build.host_isa())]
 
 
 @dataclass

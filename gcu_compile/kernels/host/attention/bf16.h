@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "matmul.h"
 #include "rows.h"
 
 namespace {
@@ -29,7 +30,10 @@ constexpr Words WORDS[3] = {words(0), words(1), words(2)};
 
 struct BF16 {
   using A = uint16_t;
-  static constexpr int DEPTH = 2, FEW = 8;
+  static constexpr bool BY_TILES = false;
+  static constexpr int DEPTH = 2, FEW = 8, STEPS = 1;
+  static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
+  struct Thread {};
   static constexpr const uint16_t *ODD_WORDS = WORDS[0].at, *FIRST_WORDS = WORDS[1].at, *SECOND_WORDS = WORDS[2].at;
 
   static void convert(const float* from, uint16_t* to, int64_t n) {
@@ -37,6 +41,10 @@ struct BF16 {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
   }
   static void copy(const Row& row, int, int64_t n, uint16_t* to) { std::memcpy(to, row.at, 2 * n); }
+  static void strip(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, int64_t width, int64_t, float* c, int64_t ldc,
+                    int m, const float* alpha) {
+    strip_by_rows<BF16>(a, lda, b, steps, width, c, ldc, m, alpha);
+  }
 
   template <int M, int V>
   static void multiply(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, float* c, int64_t ldc, const float* alpha) {
@@ -82,15 +90,16 @@ struct BF16 {
   }
 
   static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
-    dtype == I8T ? pack_k<true>(keys, n, dim, panel) : pack_k<false>(keys, n, dim, panel);
+    dtype == I8T ? pack_k<true, 1>(keys, n, dim, panel) : pack_k<false, 1>(keys, n, dim, panel);
   }
   static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel) {
-    dtype == I8T ? pack_v<true>(values, n, dim, panel) : pack_v<false>(values, n, dim, panel);
+    dtype == I8T ? pack_v<true, 1>(values, n, dim, panel) : pack_v<false, 1>(values, n, dim, panel);
   }
 
-  template <bool BYTES>
+  // Panels have a multiple of STEPS steps, zeros at the end.
+  template <bool BYTES, int STEPS>
   static void pack_k(const Row* keys, int n, int64_t dim, uint16_t* panel) {
-    int64_t steps = (dim + 1) / 2;
+    int64_t steps = rounded((dim + 1) / 2, STEPS);
     for (int strip = 0; strip < n; strip += STRIP) {
       int width = std::min(STRIP, (n - strip + LANES - 1) / LANES * LANES);
       for (int lane = 0; lane < width; lane += LANES)
@@ -111,15 +120,16 @@ struct BF16 {
   }
 
   // Keys 2s and 2s + 1 side by side.
-  template <bool BYTES>
-  static void pack_v(const Row* values, int n, int64_t dim, uint16_t* panel) {
-    int steps = (n + 1) / 2;
+  template <bool BYTES, int STEPS>
+  static void pack_v(const Row* values, int n, int64_t dim, uint16_t* panel, const Ahead& ahead = {}) {
+    int steps = int(rounded((n + 1) / 2, STEPS));
     for (int64_t strip = 0; strip < dim; strip += STRIP) {
       int64_t width = std::min<int64_t>(STRIP, (dim - strip + LANES - 1) / LANES * LANES);
       for (int64_t d = 0; d < width; d += 32) {
         __mmask32 in = first(dim - strip - d);
         for (int s = 0; s < steps; ++s) {
-          __m512i a = pairs<BYTES>(values[2 * s], strip + d, in);
+          if (strip == 0 && d == 0) ahead.fetch(2 * s, 2 * s + 2);
+          __m512i a = 2 * s < n ? pairs<BYTES>(values[2 * s], strip + d, in) : _mm512_setzero_si512();
           __m512i b = 2 * s + 1 < n ? pairs<BYTES>(values[2 * s + 1], strip + d, in) : _mm512_setzero_si512();
           uint16_t* to = panel + 2 * (s * width + d);
           _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(FIRST_WORDS), b));

@@ -1,6 +1,8 @@
 // The arithmetic of any instruction set: float32 in GCC vectors.
 //
-// What an arithmetic does: hold rows of Q or P as `A`, pack K and V, multiply. Panels are cut into strips of STRIP
+// What an arithmetic does: hold rows of Q or P as `A`, pack K and V, multiply. It names the rows of a work item (TILE_ROWS
+// at most; at least LEAST_ROWS before more items are worth more), those that go from scores to weights at once (BLOCK),
+// and what a thread holds meanwhile (Thread). Panels are cut into strips of STRIP
 // columns (the last one into whole vectors); a strip is [step][column], a step being one or two products deep.
 #pragma once
 
@@ -8,17 +10,26 @@
 #include <cstdint>
 #include <cstring>
 
+#include "matmul.h"
 #include "rows.h"
 
 namespace {
 
 struct F32 {
   using A = float;
-  static constexpr int DEPTH = 1, FEW = 0;
+  static constexpr bool BY_TILES = false;
+  static constexpr int DEPTH = 1, FEW = 0, STEPS = 1;
+  static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
+  struct Thread {};
 
   static void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * 4); }
   static void copy(const Row& row, int dtype, int64_t n, float* to) {
     for (int64_t d = 0; d < n; d += LANES) store(to + d, numbers(row, dtype, d, n - d));
+  }
+
+  static void strip(const float* a, int64_t lda, const float* b, int64_t steps, int64_t width, int64_t, float* c, int64_t ldc,
+                    int m, const float* alpha) {
+    strip_by_rows<F32>(a, lda, b, steps, width, c, ldc, m, alpha);
   }
 
   template <int M, int V>

@@ -17,13 +17,31 @@ struct Item {
   int64_t partial;              // index of its partial result, or -1: writes the output itself
 };
 
+int64_t queries(const Arguments& in, int64_t sequence) {
+  return in.block_table ? in.query_start_loc[sequence + 1] - in.query_start_loc[sequence] : in.q_len;
+}
+
+// Rows of an item: fewer than P allows where that would leave threads without work.
+template <class P>
+int64_t rows_of_items(const Arguments& in) {
+  int64_t rows = P::TILE_ROWS;
+  for (; rows / 2 >= P::LEAST_ROWS; rows /= 2) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < in.sequences; ++s) count += (queries(in, s) * in.heads / in.kv_heads + rows - 1) / rows * in.kv_heads;
+    if (count >= ITEMS * in.threads) break;
+  }
+  return rows;
+}
+
 // Items in the order of the work: the longest first. `split`: the parts of each item that was cut.
+template <class P>
 std::vector<Item> plan(const Arguments& in, std::vector<std::vector<Item>>& split, int64_t& partial_rows) {
-  int64_t group = in.heads / in.kv_heads, head_count = std::min<int64_t>(group, TILE_ROWS);
-  int64_t token_count = TILE_ROWS / head_count;
+  int64_t rows = rows_of_items<P>(in);
+  int64_t group = in.heads / in.kv_heads, head_count = std::min<int64_t>(group, rows);
+  int64_t token_count = rows / head_count;
   std::vector<Item> items;
   for (int64_t s = 0; s < in.sequences; ++s) {
-    int64_t q_len = in.block_table ? in.query_start_loc[s + 1] - in.query_start_loc[s] : in.q_len;
+    int64_t q_len = queries(in, s);
     int64_t kv_len = in.block_table ? in.seq_lens[s] : in.kv_len;
     int64_t offset = in.block_table ? kv_len - q_len : in.offset;
     for (int64_t h = 0; h < in.kv_heads; ++h)

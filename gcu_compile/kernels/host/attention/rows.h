@@ -17,11 +17,19 @@ struct Row {
   int32_t zero;
 };
 
+// Where the keys of a tile are.
+struct Source {
+  const Row* keys;
+  int n;
+  bool bytes, even;     // even: two keys that are some multiple of `stride` apart have the others between them
+  int64_t dim, stride;  // in bytes, from key to key
+};
+
 // Rows that will be read soon: memory answers while others are computed.
 struct Ahead {
-  const Row* rows;
-  int n;
-  int64_t bytes;
+  const Row* rows = nullptr;
+  int n = 0;
+  int64_t bytes = 0;
   void fetch(int from, int to) const {
     for (int i = from; i < std::min(to, n); ++i)
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, 3);

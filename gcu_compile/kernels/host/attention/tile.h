@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -24,9 +25,9 @@ class Tile {
     size_ = in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2;
     d_ = rounded(in.head_dim, 2 * LANES), dv_ = rounded(in.v_dim, LANES);
     // One allocation, cut into parts that start on cache lines.
-    int64_t sizes[] = {TILE_ROWS * d_ * int64_t(sizeof(A)), TILE_KEYS * d_ * int64_t(sizeof(A)),
-                       TILE_KEYS * dv_ * int64_t(sizeof(A)), TILE_ROWS * TILE_KEYS * int64_t(sizeof(A)),
-                       TILE_ROWS * TILE_KEYS * 4, TILE_ROWS * dv_ * 4};
+    int64_t a = sizeof(A);
+    int64_t sizes[] = {P::TILE_ROWS * d_ * a, TILE_KEYS * d_ * a, TILE_KEYS * dv_ * a, P::BLOCK * TILE_KEYS * a,
+                       P::BLOCK * TILE_KEYS * 4, P::TILE_ROWS * dv_ * 4};
     int64_t all = 64;
     for (int64_t size : sizes) all += rounded(size, 64) + 64;
     memory_.reset(new char[all]);
@@ -43,32 +44,18 @@ class Tile {
     int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
     offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
     load_queries();
-    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f);
+    prepare();
+    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
     int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
     locate(item.first_key, step);
-    bool first = true;
-    for (int64_t key = item.first_key; key < item.last_key; key += step, first = false) {
+    for (int64_t key = item.first_key; key < item.last_key; key += step) {
       std::swap(now_, next_);
       locate(key + step, step);
-      const Keys& at = *now_;
-      const float* alpha = first ? nullptr : alpha_;
-      if (rows_ <= P::FEW) {
-        if constexpr (P::FEW) {
-          P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
-          for (int row = 0; row < rows_; ++row) soften(row, key);
-          Ahead ahead{next_->k, next_->n, in_.head_dim * size_};
-          P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, ahead);
-        }
-        continue;
-      }
-      int64_t depth = P::DEPTH;
-      P::pack_k(at.k, at.n, in_.cache_dtype, in_.head_dim, k_);
-      matmul<P>(q_, d_, k_, (in_.head_dim + depth - 1) / depth, s_, TILE_KEYS, rows_, rounded(at.n, LANES), nullptr);
-      for (int row = 0; row < rows_; ++row) soften(row, key);
-      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_);
-      matmul<P>(p_, TILE_KEYS, v_, (at.n + depth - 1) / depth, o_, dv_, rows_, dv_, alpha);
+      if (P::FEW && rows_ <= P::FEW) few(key);
+      else many(key);
     }
-    if (first) std::fill_n(o_, rows_ * dv_, 0.0f);
+    for (int row = 0; row < rows_; row += P::BLOCK)
+      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * dv_, std::min(P::BLOCK, rows_ - row) * dv_, 0.0f);
     if (item.partial >= 0) keep();
     else finish_all();
   }
@@ -102,14 +89,78 @@ class Tile {
   }
 
  private:
+  // A tile of keys, packed; the queries block by block, each against the keys that one of it sees.
+  void many(int64_t key) {
+    const Keys& at = *now_;
+    int64_t n = at.n, all = rounded(n, LANES), depth = P::DEPTH;
+    Panel<A> k{k_, rounded((in_.head_dim + depth - 1) / depth, P::STEPS), all, {}, {}};
+    Panel<A> v{v_, rounded((n + depth - 1) / depth, P::STEPS), dv_, {}, {0, dv_}};
+    k.step = {0, k.steps};
+    P::pack_k(at.k, at.n, in_.cache_dtype, in_.head_dim, k_);
+    P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_);
+    for (int row = 0; row < rows_; row += P::BLOCK) {
+      int count = std::min(P::BLOCK, rows_ - row);
+      int64_t first = item_.first_token + row / item_.head_count + offset_ - key;  // positions from the tile's first key
+      int64_t last = item_.first_token + (row + count - 1) / item_.head_count + offset_ - key;
+      int64_t end = rounded(in_.causal ? std::clamp<int64_t>(last + 1, 0, n) : n, 32);
+      int64_t begin = in_.window ? std::clamp<int64_t>(first - in_.window + 1, 0, n) / STRIP * STRIP : 0;
+      if (begin >= end) continue;
+      k.column = {begin, std::min(end, all)};
+      v.step = {begin / depth, std::min(end / depth, v.steps)};
+      bool& started = started_[row / P::BLOCK];
+      matmul<P>(q_ + row * d_, d_, k, s_, TILE_KEYS, count, nullptr);
+      for (int i = 0; i < count; ++i) soften(row + i, i, key, begin, end);
+      matmul<P>(p_, TILE_KEYS, v, o_ + row * dv_, dv_, count, started ? alpha_ + row : nullptr);
+      started = true;
+    }
+  }
+
+  // A tile of keys against few rows.
+  void few(int64_t key) {
+    const Keys& at = *now_;
+    const float* alpha = started_[0] ? alpha_ : nullptr;
+    int64_t k_bytes = in_.head_dim * size_, v_bytes = in_.v_dim * size_;
+    started_[0] = true;
+    if constexpr (P::BY_TILES) {
+      int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len;
+      bool even = in_.cache_dtype == BF16T && in_.head_dim == d_ && block_size >= 16;
+      Source source{at.k, at.n, in_.cache_dtype == I8T, even, in_.head_dim, stride};
+      P::scores(turned(), rows_, source, d_, k_, s_, {at.v, at.n, v_bytes});
+      int64_t end = rounded(at.n, 32);
+      for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, end);
+      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_, {next_->k, next_->n, k_bytes});
+      matmul<P>(p_, TILE_KEYS, {v_, end / 2, dv_, {0, end / 2}, {0, dv_}}, o_, dv_, rows_, alpha);
+    } else if constexpr (P::FEW > 0) {
+      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, v_bytes});
+      for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
+      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, {next_->k, next_->n, k_bytes});
+    }
+  }
+
+  A* turned() { return q_ + P::FEW * d_; }
+
   void load_queries() {
-    int64_t size = in_.dtype == F32T ? 4 : 2;
-    std::memset(q_, 0, std::max(rows_, P::FEW) * d_ * sizeof(A));
+    int64_t size = in_.dtype == F32T ? 4 : 2, filled = P::BY_TILES ? rounded(rows_, 16) : std::max(rows_, P::FEW);
+    std::memset(q_, 0, filled * d_ * sizeof(A));
     for (int row = 0; row < rows_; ++row) {
       int64_t head = item_.first_head + row % item_.head_count, token = item_.first_token + row / item_.head_count;
       int64_t at = (paged_ ? start_ * in_.q_at.token : item_.sequence * in_.q_at.outer) + token * in_.q_at.token + head * in_.q_at.head;
       P::copy({static_cast<const char*>(in_.q) + at * size, 0}, in_.dtype, in_.head_dim, q_ + row * d_);
     }
+    if constexpr (P::BY_TILES) {
+      if (rows_ > P::FEW) return;
+      Row rows[P::FEW];
+      for (int i = 0; i < P::FEW; ++i) rows[i] = {reinterpret_cast<const char*>(q_ + i * d_), 0};
+      P::pack_k(rows, P::FEW, BF16T, d_, turned());
+    }
+  }
+
+  // What the item's scores have in common.
+  void prepare() {
+    scale_ = float(in_.scale);
+    if (in_.k_scale_kind == 1) scale_ *= in_.k_scale[0];
+    if (in_.k_scale_kind == 2) scale_ *= in_.k_scale[item_.kv_head];
+    plain_ = P::BY_TILES && scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
   }
 
   // A tile of keys: where they and their values lie, and the scales of their own.
@@ -141,49 +192,64 @@ class Tile {
         if (in_.v_scale_kind == 3) to.v_factor[i] = in_.v_scale[at(in_.v_scale_at)];
       }
     }
-    for (int i = to.n; i < int(rounded(to.n, LANES)); ++i) to.k_factor[i] = to.v_factor[i] = 0;
+    for (int i = to.n; i < int(rounded(to.n, 32)); ++i) to.k_factor[i] = to.v_factor[i] = 0;
   }
 
-  // Scores of a row -> weights in p_, and what the sums so far must be multiplied by.
-  void soften(int row, int64_t key) {
+  // Scores of a row, number i of its block and [from, to) of the tile's keys -> weights in p_, and what the sums so far
+  // must be multiplied by.
+  void soften(int row, int i, int64_t key, int64_t from, int64_t to) {
     int n = now_->n;
-    float* s = s_ + row * TILE_KEYS;
-    int64_t head = item_.first_head + row % item_.head_count;
+    float* s = s_ + i * TILE_KEYS;
+    A* p = p_ + i * TILE_KEYS;
     int64_t query = item_.first_token + row / item_.head_count, position = query + offset_;
-    int64_t end = in_.causal ? std::clamp<int64_t>(position + 1 - key, 0, n) : n;
-    int64_t begin = in_.window ? std::clamp<int64_t>(position - in_.window + 1 - key, 0, n) : 0;
-    int width = int(rounded(n, LANES));
-    float scale = float(in_.scale);
-    if (in_.k_scale_kind == 1) scale *= in_.k_scale[0];
-    if (in_.k_scale_kind == 2) scale *= in_.k_scale[item_.kv_head];
+    int64_t end = in_.causal ? std::clamp<int64_t>(position + 1 - key, from, n) : n;
+    int64_t begin = in_.window ? std::clamp<int64_t>(position - in_.window + 1 - key, from, to) : from;
+    if (!plain_) adjust(s, item_.first_head + row % item_.head_count, query, key, from, to);
+    if (begin > from) std::fill(s + from, s + begin, -INF);
+    if (end < to) std::fill(s + end, s + to, -INF);
+    float before = maximum_[row], sum;
+    if constexpr (P::BY_TILES) {
+      constexpr float LOG2E = 1.44269504f;
+      float factor = plain_ ? scale_ : 1.0f;
+      float now = std::max(before, P::largest_of(s + from, to - from) * factor), base = now == -INF ? 0.0f : now;
+      bool factors = in_.v_scale_kind == 3;
+      auto powers = factors ? P::template powers<true> : P::template powers<false>;
+      sum = powers(s + from, p + from, to - from, factor * LOG2E, base * LOG2E, now_->v_factor + from);
+      maximum_[row] = now;
+    } else {
+      Vec top = splat(-INF);
+      for (int64_t j = from; j < to; j += LANES) top = maximum(top, load(s + j));
+      float now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
+      Vec all = {};
+      for (int64_t j = from; j < to; j += LANES) {
+        Vec x = exp_negative(load(s + j) - base);
+        all += x;
+        if (in_.v_scale_kind == 3) x *= load(now_->v_factor + j);
+        store(s + j, x);
+      }
+      P::convert(s + from, p + from, to - from);
+      sum = total(all), maximum_[row] = now;
+    }
+    float now = maximum_[row];
+    alpha_[row] = now == before ? 1.0f : before == -INF ? 0.0f : std::exp(before - now);
+    weight_[row] = weight_[row] * alpha_[row] + sum;
+  }
+
+  // Scores of products: scaled, capped, moved by positions and bias.
+  void adjust(float* s, int64_t head, int64_t query, int64_t key, int64_t from, int64_t to) const {
     bool cap = in_.soft_cap > 0;
     float slope = in_.alibi_slopes ? in_.alibi_slopes[head] : 0.0f, inverse = cap ? float(1 / in_.soft_cap) : 0.0f;
+    int64_t position = query + offset_;
     Vec lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
-    for (int i = 0; i < width; i += LANES) {
-      Vec x = load(s + i) * scale;
+    for (int64_t i = from; i < to; i += LANES) {
+      Vec x = load(s + i) * scale_;
       if (in_.k_scale_kind == 3) x *= load(now_->k_factor + i);
       if (cap) x = tangent(x * inverse) * float(in_.soft_cap);
       if (slope != 0) x += (lanes + float(key + i - position)) * slope;
       store(s + i, x);
     }
-    if (in_.bias) add_bias(s, head, query, key, n);
-    for (int64_t i = 0; i < std::min<int64_t>(begin, width); ++i) s[i] = -INF;
-    for (int64_t i = std::max(end, int64_t(0)); i < width; ++i) s[i] = -INF;
-    Vec top = splat(-INF);
-    for (int i = 0; i < width; i += LANES) top = maximum(top, load(s + i));
-    float before = maximum_[row], now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
-    Vec sum = {};
-    for (int i = 0; i < width; i += LANES) {
-      Vec p = exp_negative(load(s + i) - base);
-      sum += p;
-      if (in_.v_scale_kind == 3) p *= load(now_->v_factor + i);
-      store(s + i, p);
-    }
-    P::convert(s, p_ + row * TILE_KEYS, width);
-    alpha_[row] = before == -INF ? 0.0f : std::exp(before - base);
-    weight_[row] = weight_[row] * alpha_[row] + total(sum);
-    maximum_[row] = now;
+    if (in_.bias) add_bias(s, head, query, key, now_->n);
   }
 
   void add_bias(float* s, int64_t head, int64_t query, int64_t key, int n) const {
@@ -221,12 +287,14 @@ class Tile {
   Item item_;
   int64_t d_, dv_, start_, offset_, size_;  // size_: bytes of one number of the cache
   int rows_;
-  bool paged_;
+  float scale_;
+  bool paged_, plain_;  // plain_: scores are products, times scale_
   std::unique_ptr<char[]> memory_;
   A *q_, *k_, *v_, *p_;
   float *s_, *o_;
   Keys keys_[2], *now_ = &keys_[0], *next_ = &keys_[1];
-  float maximum_[TILE_ROWS], weight_[TILE_ROWS], alpha_[TILE_ROWS];
+  float maximum_[P::TILE_ROWS], weight_[P::TILE_ROWS], alpha_[P::TILE_ROWS];
+  bool started_[P::TILE_ROWS / P::BLOCK];  // blocks whose sums have begun
 };
 
 }  // namespace
