@@ -11,8 +11,8 @@ from gcu_compile.kernels.dequant_gemm import eager, layouts
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import int8_gemm as host
 
-ISAS = ("portable", "avx2", "avx512")
-HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index(build.host_isa().replace("amx", "avx512"))]
+ISAS = ("portable", "avx2", "avx512", "amx")
+HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index(build.host_isa())]
 
 
 def arguments(m=5, n=70, k=64, dtype=torch.int8, static=False, zeros=False, x_zeros=False, bias=False, seed=0):
@@ -41,7 +41,7 @@ def check(a):
 
 cases = st.builds(
     arguments,
-    st.sampled_from([1, 2, 5, 6, 7, 13]),
+    st.sampled_from([1, 2, 5, 6, 7, 13, 16, 17, 32, 40, 50]),
     st.sampled_from([1, 16, 63, 64, 65, 130]),
     st.sampled_from([1, 3, 4, 17, 64, 130, 2100]),
     st.sampled_from([torch.int8, *FLOATS]),
@@ -70,17 +70,30 @@ def test_long_sweep(a):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_every_instruction_set(isa, dtype, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
-    for m, zeros in ((1, False), (4, True), (200, True)):
+    for m, zeros in ((1, False), (4, True), (16, False), (200, True)):
         check(arguments(m, 70, 90, dtype, True, zeros, zeros, True))
+    check(arguments(33, 400, 2100, dtype, True, True, True, True))  # more than one block of every size
 
 
-def test_extreme_codes_sum_exactly():
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 70, 5), (8, 64, 64), (47, 330, 1100), (1100, 65, 60)])
+def test_sums_are_exact_on_every_instruction_set(isa, m, n, k, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    a = arguments(m, n, k)
+    a.update(scales=torch.ones(1, n), x_scales=torch.ones(m, 1))
+    codes = layouts.unpack(a["weight"], layouts.get("host_int8"), n, k)
+    assert torch.equal(host.run(**a), (a["x"].double() @ codes.double().T).float())
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_extreme_codes_sum_exactly(m):
     k = host.MOST_INPUTS
     ones = {"scales": torch.ones(1, 1), "x_scales": torch.ones(1, 1), "layout": "host_int8"}
     weight = layouts.pack(torch.full((1, k), -128), layouts.get("host_int8"))
-    x = torch.full((1, k), -128, dtype=torch.int8)
-    assert host.run(x, weight, **ones).item() == k * 128 * 128
-    assert host.run(x, weight, **ones, x_zeros=torch.tensor([[127]])).item() == pytest.approx(k * 255 * 128, rel=1e-7)
+    x, ones["x_scales"] = torch.full((m, k), -128, dtype=torch.int8), torch.ones(m, 1)
+    assert (host.run(x, weight, **ones) == k * 128 * 128).all()
+    zeros = torch.full((m, 1), 127)
+    assert host.run(x, weight, **ones, x_zeros=zeros).tolist() == [[pytest.approx(k * 255 * 128, rel=1e-7)]] * m
     assert "may not fit in 32 bits" in host.refuses(torch.ones(1, k + 1).to(torch.int8), weight, **ones)
 
 
