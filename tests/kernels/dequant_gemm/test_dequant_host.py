@@ -14,9 +14,8 @@ from gcu_compile.kernels.host import dequant_gemm as host
 
 NATIVE = ("host_int4", "host_int8")
 TENSORS = ("weight", "scales", "zeros", "g_idx", "bias")
-ISAS = ("portable", "avx2", "avx512")
-BEST = build.host_isa()
-HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index("avx512" if BEST == "amx" else BEST)]
+ISAS = ("portable", "avx2", "avx512", "amx")
+HERE = ISAS[: ISAS.index(build.host_isa()) + 1]
 # (inputs, groups): whole words, parts of words, odd, one group of everything, more than one block of the kernel.
 SIZES = [(64, 1), (64, 2), (128, 4), (96, 3), (30, 5), (17, 1), (7, 7), (576, 9), (1, 1), (1200, 1), (2048, 16)]
 DTYPES = st.sampled_from(FLOATS)
@@ -68,6 +67,17 @@ def test_every_instruction_set(isa, dtype, layout, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
     for m, zeros, g_idx in ((1, False, False), (3, True, False), (4, False, True), (200, True, False)):
         check(dequant_arguments(layout, m, 70, 64, 2, dtype, torch.float16, zeros, g_idx, bias=True))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in HERE if isa in ("avx512", "amx")])
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_many_rows_of_bfloat16(isa, layout, zeros, monkeypatch):
+    """Tiles of rows that are whole and not, alone and in pairs; groups of a step, of parts of a block, and cut ones."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    for k, groups in ((96, 3), (640, 5), (576, 1), (1200, 1), (17, 1), (80, 5)):
+        for m in (3, 16, 17, 40, 75, 530):
+            check(dequant_arguments(layout, m, 70, k, groups, torch.bfloat16, torch.bfloat16, zeros, seed=m))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -17,6 +17,7 @@ struct Job {
   virtual ~Job() = default;
   virtual int64_t rows() const = 0;
   virtual int64_t tasks() const = 0;  // parts of the result, each made by one thread
+  virtual int64_t weights_cost() const { return 8; }  // reading the weights of a task takes as long as so many rows
   virtual void lay_out(int64_t row, int64_t end) = 0;
   virtual void work(int64_t task, int64_t end) const = 0;
 };
@@ -25,8 +26,7 @@ typedef std::vector<std::unique_ptr<Job>> Jobs;
 
 // A thread has neighbouring tasks, so that its stream of weights goes on from one to the next.
 inline void run(const Jobs& jobs, int threads) {
-  constexpr int64_t WEIGHTS = 8;  // reading the weights of a task takes as long as so many rows
-  auto cost = [](const Job& job) { return job.rows() + WEIGHTS; };
+  auto cost = [](const Job& job) { return job.rows() + job.weights_cost(); };
   int64_t total = 0;
   for (auto& job : jobs) total += job->tasks() * cost(*job);
 #pragma omp parallel num_threads(threads)

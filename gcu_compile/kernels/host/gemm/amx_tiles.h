@@ -1,0 +1,97 @@
+// Register-tiled products of bf16 on AMX.
+//
+// Operands lie as tiles, one after another, in the order in which they are read:
+//   x        [row tiles][steps][rows of a tile][64 bytes]
+//   weights  [steps][4 column tiles][16][64 bytes]
+// A step is 64 bytes of inputs, 32 bf16. Two row tiles times two column tiles load the least for the
+// products that they make; where one row tile is left, or there is no other, it takes all four column tiles.
+#pragma once
+
+#include "../amx.h"
+
+#if defined(__AMX_TILE__)
+
+namespace amx {
+
+constexpr int LINE = 64, TILE_BYTES = 16 * LINE, COLUMNS = 4;  // COLUMNS: tiles of the 64 outputs of a weight tile
+
+// The instructions, for tiles whose numbers the compiler knows. Like those of immintrin.h, the loads do not tell it
+// which memory they read: `fence` does, between stores of its own and loads of what they stored.
+template <int T>
+inline void load(const void* p, int64_t stride = LINE) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "n"(T));
+}
+template <int T>
+inline void store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "n"(T) : "memory");
+}
+template <int T>
+inline void zero() { asm volatile("tilezero %%tmm%c0" : : "n"(T)); }
+inline void fence() { asm volatile("" : : : "memory"); }
+
+template <int C, int A, int B>
+inline void dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(C), "n"(A), "n"(B)); }
+
+// Tiles 0..3 are sums, 4 and 5 rows of x (both of `rows` rows), 6 and 7 weights, for as long as it lives.
+class ProductTiles {
+ public:
+  explicit ProductTiles(int rows) {
+    Config config;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = LINE, config.rows[i] = uint8_t(i < 6 ? rows : 16);
+    amx::load(config);
+  }
+  ~ProductTiles() { release(); }
+  ProductTiles(const ProductTiles&) = delete;
+};
+
+// Rows of a tile such that `rows` fill their tiles: a product takes as long as its tiles have rows.
+inline int tile_rows(int64_t rows) {
+  int64_t tiles = (rows + 15) / 16;
+  return tiles ? int((rows + tiles - 1) / tiles) : 1;
+}
+
+// Sums of R row tiles (`x_tile` bytes apart, steps of `rows` rows) times V column tiles, in tiles r * V + v.
+// between(step) runs beside the products of that step: they take a unit of their own.
+template <int R, int V, class Between>
+inline void multiply(const char* x, int64_t x_tile, int rows, const char* w, int steps, Between between) {
+  static_assert((R == 2 && V == 2) || (R == 1 && V <= 4));
+  zero<0>();
+  if constexpr (R * V > 1) zero<1>();
+  if constexpr (R * V > 2) zero<2>();
+  if constexpr (R * V > 3) zero<3>();
+  for (int step = 0; step < steps; ++step, x += rows * LINE, w += COLUMNS * TILE_BYTES) {
+    load<4>(x);
+    load<6>(w);
+    dot<0, 4, 6>();
+    if constexpr (R == 2) {
+      load<5>(x + x_tile);
+      dot<2, 5, 6>();
+      load<7>(w + TILE_BYTES);
+      dot<1, 4, 7>();
+      dot<3, 5, 7>();
+    } else {
+      if constexpr (V > 1) load<7>(w + TILE_BYTES), dot<1, 4, 7>();
+      if constexpr (V > 2) load<6>(w + 2 * TILE_BYTES), dot<2, 4, 6>();
+      if constexpr (V > 3) load<7>(w + 3 * TILE_BYTES), dot<3, 4, 7>();
+    }
+    between(step);
+  }
+}
+
+// Those sums, as rows of V * 16 numbers.
+template <int R, int V>
+inline void store(void* out, int rows) {
+  auto* p = static_cast<char*>(out);
+  store<0>(p, V * LINE);
+  if constexpr (V > 1) store<1>(p + LINE, V * LINE);
+  if constexpr (V > 2) store<2>(p + 2 * LINE, V * LINE);
+  if constexpr (V > 3) store<3>(p + 3 * LINE, V * LINE);
+  if constexpr (R == 2) {
+    store<2>(p + rows * V * LINE, V * LINE);
+    store<3>(p + rows * V * LINE + LINE, V * LINE);
+  }
+}
+
+}  // namespace amx
+
+#endif
