@@ -27,6 +27,7 @@ struct Arguments {
 namespace {
 
 constexpr int TILE = 64;  // outputs
+constexpr int MOST = 8;   // tiles whose results are made together
 
 class Int8Product : public Job {
  public:
@@ -50,22 +51,29 @@ class Int8Product : public Job {
 
   const int32_t* weights(int64_t tile) const { return in_.weight + tile * words_ * TILE; }
 
-  // Results of `rows` rows of one tile, from sum xq wq [rows, TILE] and sum wq (null where no row has a zero).
-  void finish(int64_t tile, int64_t first, int rows, const int32_t* products, const int32_t* weight_sums,
-              uint32_t offset = 0) const {
-    int count = int(std::min<int64_t>(TILE, in_.n - tile * TILE));
-    float scale[TILE], bias[TILE] = {}, y[TILE];
-    uint32_t zero[TILE] = {}, sums[TILE] = {};  // unsigned: sums wrap around
+  // Results of `rows` rows of some tiles, from sum xq wq [tiles][rows of each, `pitch` numbers in all][TILE] and sum wq
+  // (null where no row has a zero). Row by row: what is next to each other in y is written together.
+  void finish(int64_t tile, int tiles, int64_t first, int rows, const int32_t* products, int64_t pitch,
+              const int32_t* weight_sums, uint32_t offset = 0) const {
+    const int count = int(std::min<int64_t>(tiles * TILE, in_.n - tile * TILE));
+    float scale[MOST * TILE] = {}, bias[MOST * TILE] = {}, y[MOST * TILE];
+    uint32_t zero[MOST * TILE] = {}, sums[MOST * TILE] = {};  // unsigned: sums wrap around
     std::copy_n(in_.scales + tile * TILE, count, scale);
     if (in_.zeros) std::copy_n(in_.zeros + tile * TILE, count, zero);
     if (weight_sums) std::copy_n(weight_sums, count, sums);
     if (in_.bias) to_floats(in_.bias, in_.bias_dtype, tile * TILE, count, bias);
-    for (int r = 0; r < rows; ++r, products += TILE) {
-      uint32_t xz = uint32_t(zeros_[first + r]), of_zero = uint32_t(sums_[first + r]) - uint32_t(in_.k) * xz;
+    const bool plain = !in_.zeros && !weight_sums;  // nothing to take off
+    for (int r = 0; r < rows; ++r) {
       float x_scale = scales_[first + r];
-      for (int i = 0; i < count; ++i) {
-        uint32_t exact = uint32_t(products[i]) - (offset + xz) * sums[i] - zero[i] * of_zero;
-        y[i] = float(int32_t(exact)) * x_scale * scale[i] + bias[i];
+      uint32_t xz = uint32_t(zeros_[first + r]), of_zero = uint32_t(sums_[first + r]) - uint32_t(in_.k) * xz;
+      for (int at = 0; at < count; at += TILE) {
+        const int32_t* sum = products + at / TILE * pitch + r * TILE;
+        alignas(64) uint32_t left[TILE];
+        std::memcpy(left, sum, sizeof left);
+        if (!plain)
+          for (int i = 0; i < TILE; ++i) left[i] -= (offset + xz) * sums[at + i] + zero[at + i] * of_zero;
+        for (int i = 0; i < TILE; ++i)
+          y[at + i] = float(int32_t(left[i])) * x_scale * scale[at + i] + bias[at + i];
       }
       from_floats(y, count, in_.y, in_.y_dtype, (first + r) * in_.n + tile * TILE);
     }

@@ -2,8 +2,8 @@
 //
 // A task is up to HIGH rows of x and one tile of weights (64 outputs); a thread takes up to GROUP of them at once. DEPTH
 // steps of their inputs at a time, of all rows, stay in the second cache, and between two such parts of the inputs the
-// sums rest in memory. 32 rows stay in the first for 64 outputs: the weights are loaded as a stream, or they would drive
-// them out. Meanwhile the weights that come next are fetched.
+// sums rest in memory. 32 rows stay in the first cache while the outputs of the group go by: the weights are loaded as a
+// stream, or they would drive them out. Meanwhile the weights that come next are fetched.
 #pragma once
 
 #include "../amx.h"
@@ -29,21 +29,20 @@ class TileProduct : public Int8Product {
     thread_local std::vector<int32_t> sums;
     while (task < end) {
       int64_t chunk = task / tiles_, tile = task % tiles_, first = begin_of(chunk), pad = begin_of(chunk + 1) - first;
-      int count = int(std::min({end - task, tiles_ - tile, GROUP}));
+      int count = int(std::min({end - task, tiles_ - tile, pad > FEW ? GROUP : 1}));
       if (int64_t(sums.size()) < count * pad * TILE) sums.resize(count * pad * TILE);
       multiply(tile, count, first, pad, sums.data());
-      for (int t = 0; t < count; ++t) {
-        int32_t of_weights[TILE];
-        if (in_.x_zeros) add_up(tile + t, of_weights);
-        finish(tile + t, first, int(std::min(pad, in_.m - first)), sums.data() + t * pad * TILE,
-               in_.x_zeros ? of_weights : nullptr);
-      }
+      int32_t of_weights[GROUP * TILE];
+      for (int t = 0; in_.x_zeros && t < count; ++t) add_up(tile + t, of_weights + t * TILE);
+      int rows = int(std::min(pad, in_.m - first));
+      finish(tile, count, first, rows, sums.data(), pad * TILE, in_.x_zeros ? of_weights : nullptr);
       task += count;
     }
   }
 
  private:
-  static constexpr int64_t HIGH = 512, GROUP = 4, DEPTH = 16;
+  static constexpr int64_t HIGH = 512, GROUP = MOST, DEPTH = 16;
+  static constexpr int64_t FEW = 64;  // rows whose product waits for its weights: they are read in one stream
   static constexpr int64_t WORDS = 16, BYTES = 1024;  // words of inputs in a step; of a tile of x
 
   struct Free {
@@ -74,30 +73,29 @@ class TileProduct : public Int8Product {
   }
 
   void multiply(int64_t tile, int count, int64_t first, int64_t pad, int32_t* sums) const {
-    alignas(64) int32_t rest[WORDS * TILE];
+    alignas(64) int32_t rest[GROUP][WORDS * TILE];
     int tiles = int(pad / 16), units = tiles / 2 * 2 + tiles % 2;
     for (int64_t begin = 0; begin < steps_; begin += DEPTH) {
       int steps = int(std::min(DEPTH, steps_ - begin));
-      bool partial = begin + steps == steps_ && words_ % WORDS;
+      bool last = begin + steps == steps_, partial = last && words_ % WORDS;
+      Ahead ahead[GROUP];
       for (int t = 0; t < count; ++t) {
-        const int32_t *w = weights(tile + t) + begin * WORDS * TILE, *next = weights(tile + count);
-        if (t + 1 < count)
-          next = w + words_ * TILE;
-        else if (begin + DEPTH < steps_)
-          next = weights(tile) + (begin + DEPTH) * WORDS * TILE;
-        Ahead ahead{next, (64 + units - 1) / units};
-        if (partial) take_rest(tile + t, rest);
-        for (int r = 0; r < tiles; r += 2) {
+        const int32_t* next = last ? weights(tile + count + t) : weights(tile + t) + (begin + DEPTH) * WORDS * TILE;
+        ahead[t] = {next, (64 + units - 1) / units};
+        if (partial) take_rest(tile + t, rest[t]);
+      }
+      for (int r = 0; r < tiles; r += 2)
+        for (int t = 0; t < count; ++t) {
+          const int32_t *w = weights(tile + t) + begin * WORDS * TILE, *end = partial ? rest[t] : nullptr;
           int32_t* out = sums + (t * pad + r * 16) * TILE;
           const char* rows = x(first + r * 16, begin);
           if (r + 1 < tiles) {
-            unit<2>(rows, steps, w, partial ? rest : nullptr, begin == 0, out, ahead);
-            unit<2>(rows, steps, w + 32, partial ? rest + 32 : nullptr, begin == 0, out + 32, ahead);
+            unit<2>(rows, steps, w, end, begin == 0, out, ahead[t]);
+            unit<2>(rows, steps, w + 32, end ? end + 32 : end, begin == 0, out + 32, ahead[t]);
           } else {
-            unit<1>(rows, steps, w, partial ? rest : nullptr, begin == 0, out, ahead);
+            unit<1>(rows, steps, w, end, begin == 0, out, ahead[t]);
           }
         }
-      }
     }
   }
 
@@ -129,13 +127,13 @@ class TileProduct : public Int8Product {
     const int64_t below = steps * BYTES;
     for (int step = 0; step < steps; ++step, x += BYTES, w += WORDS * TILE) {
       if (last && step == steps - 1) w = last;
-      _tile_loadd(4, x, 64);
       _tile_stream_loadd(6, w, PITCH);
-      _tile_dpbssd(0, 4, 6);
+      _tile_loadd(4, x, 64);
       _tile_stream_loadd(7, w + 16, PITCH);
+      if constexpr (ROWS == 2) _tile_loadd(5, x + below, 64);
+      _tile_dpbssd(0, 4, 6);
       _tile_dpbssd(1, 4, 7);
       if constexpr (ROWS == 2) {
-        _tile_loadd(5, x + below, 64);
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
       } else {

@@ -56,7 +56,7 @@ class VectorProduct : public Int8Product {
       int rows = int(in_.m * (task % chunks() + 1) / chunks() - first);
       c.resize((rows + 1) * TILE);
       multiply(tile, first, rows + 1, c.data());
-      finish(tile, first, rows, c.data() + TILE, c.data(), OFFSET);
+      finish(tile, 1, first, rows, c.data() + TILE, 0, c.data(), OFFSET);
     }
   }
 
