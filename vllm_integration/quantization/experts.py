@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsWNA16MoEMethod,
 )
 
+import gcu_compile.kernels.prologues  # noqa: F401
 from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import formats
 from vllm_integration.quantization import layer as layers
@@ -111,13 +112,22 @@ class Experts(FusedMoEMethodBase):
         order = torch.argsort(ids, stable=True)
         offsets = torch.searchsorted(ids[order], torch.arange(layer.local_num_experts + 1))
         weights = topk_weights.to(torch.float32)
-        rows = x.index_select(0, order // top_k)
         if layer.apply_router_weight_on_input:
-            rows = (rows * weights.reshape(-1, 1)[order]).to(x.dtype)
+            rows = (x.index_select(0, order // top_k) * weights.reshape(-1, 1)[order]).to(x.dtype)
+            gate_up = self._product(layer, "w13", rows, offsets)
             weights = torch.ones_like(weights)
-        gate, up = self._product(layer, "w13", rows, offsets).chunk(2, dim=-1)
-        y = self._product(layer, "w2", ACTIVATIONS[layer.activation](gate) * up, offsets)
-        return weighted_sum(y, order, weights)
+        else:
+            gate_up = self._routed(layer, x, order // top_k, offsets)
+        return weighted_sum(self._down(layer, gate_up, offsets), order, weights)
+
+    def _routed(self, layer, x: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Gate and up of the rows `tokens` of x, which are sorted by expert."""
+        return self._product(layer, "w13", x.index_select(0, tokens), offsets)
+
+    def _down(self, layer, gate_up: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """The activation and the second product."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._product(layer, "w2", ACTIVATIONS[layer.activation](gate) * up, offsets)
 
 
 def weighted_sum(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -255,12 +265,25 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
 
 
 class Int8Product:
-    """Products of experts with int8 weights and activations, quantised per token in the kernel."""
+    """Products of experts with int8 weights and activations, quantised per token."""
 
-    def _product(self, layer, part, x, offsets):
+    def _product(self, layer, part, x, offsets, x_scales=None, dtype=None):
         weight, scales, layout = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "layout"))
-        arguments = (x, offsets, weight, scales, None, self._bias(layer, part))
-        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, layout=layout, out_dtype=x.dtype)
+        arguments = (x, offsets, weight, scales, x_scales, self._bias(layer, part))
+        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, layout=layout, out_dtype=dtype or x.dtype)
+
+    def _routed(self, layer, x, tokens, offsets):
+        """A token is quantised once, not by each of its experts."""
+        codes, scales, _ = torch.ops.gcu.quantize_per_token.default(x)
+        of_rows = codes.index_select(0, tokens), offsets, scales.index_select(0, tokens)
+        return self._product(layer, "w13", *of_rows, x.dtype)
+
+    def _down(self, layer, gate_up, offsets):
+        """SwiGLU and its quantisation are one pass."""
+        if layer.activation != MoEActivation.SILU:
+            return super()._down(layer, gate_up, offsets)
+        codes, scales = torch.ops.gcu.silu_mul_quant.default(gate_up)
+        return self._product(layer, "w2", codes, offsets, scales, gate_up.dtype)
 
 
 class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
