@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../amx.h"
+#include "amx_softmax.h"
 #include "bf16.h"
 #include "matmul.h"
 
@@ -24,145 +25,118 @@ namespace {
 struct AmxBF16 : BF16 {
   static constexpr bool BY_TILES = true;
   static constexpr int FEW = 16;
-  static constexpr int TILE_ROWS = 256, LEAST_ROWS = 64;  // many rows: packing a tile of keys costs as much as 20 of them
+  static constexpr int TILE_ROWS = 512, LEAST_ROWS = 64;  // many, for packing a tile of keys costs as much as 20 of them
   static constexpr int BLOCK = 32;                        // rows whose scores stay in L1 until they are weights
-  static constexpr int STEPS = 16;                        // panels are filled up to whole tiles
+  static constexpr int STEPS = 16, STRIP = 32;            // of panels: whole tiles, two side by side
   using Thread = amx::Tiles;
+  using Softmax = AmxSoftmax<TILE_ROWS>;
 
   static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
-    dtype == I8T ? BF16::pack_k<true, STEPS>(keys, n, dim, panel) : BF16::pack_k<false, STEPS>(keys, n, dim, panel);
-  }
-  static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel, const Ahead& ahead = {}) {
-    auto pack = dtype == I8T ? BF16::pack_v<true, STEPS> : BF16::pack_v<false, STEPS>;
-    pack(values, n, dim, panel, ahead);
+    auto pack = dtype == I8T ? BF16::pack_k<true, STEPS, STRIP> : BF16::pack_k<false, STEPS, STRIP>;
+    pack(keys, n, dim, panel);
   }
 
-  // 32 rows by 32 columns, or 16 rows by 64: what of them is in `rows` and `columns`, rounded up to whole tiles.
-  // Rows of A and C beyond are read and written, and mean nothing.
-  static void strip(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, int64_t width, int64_t columns, float* c,
-                    int64_t ldc, int m, const float* alpha) {
-    if (alpha) scale(c, ldc, m, columns, alpha);
-    fence();
-    int row = 0;
-    for (; m - row > 16; row += 32) {
-      int64_t j = 0;
-      for (; j + 16 < columns; j += 32) two_by_two<true>(a + row * lda, lda, b + 2 * j, steps, width, c + row * ldc + j, ldc, alpha);
-      if (j < columns) two_by_two<false>(a + row * lda, lda, b + 2 * j, steps, width, c + row * ldc + j, ldc, alpha);
+  // Keys 2s and 2s + 1 side by side. The cheapest exchange leaves the 32 columns of a strip in an order of its own, which
+  // `settle` undoes in the sums.
+  static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel) {
+    auto pack = dtype == I8T ? pack_pairs<true> : pack_pairs<false>;
+    pack(values, n, dim, panel);
+  }
+
+  template <bool BYTES>
+  static void pack_pairs(const Row* values, int n, int64_t dim, uint16_t* panel) {
+    const int64_t steps = rounded((n + 1) / 2, STEPS), whole = dim / 32 * 32;
+    const __m512i zero = _mm512_setzero_si512();
+    for (int64_t s = 0; s < steps; ++s) {
+      const bool in0 = 2 * s < n, in1 = 2 * s + 1 < n;
+      const Row a = values[in0 ? 2 * s : 0], b = values[in1 ? 2 * s + 1 : 0];
+      uint16_t* to = panel + 64 * s;
+      int64_t d = 0;
+      for (; d < whole; d += 32, to += 64 * steps) {
+        __m512i x = in0 ? pairs<BYTES>(a, d, ~0u) : zero, y = in1 ? pairs<BYTES>(b, d, ~0u) : zero;
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
+        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+      }
+      if (d == dim) continue;
+      __m512i x = in0 ? pairs<BYTES>(a, d, first(dim - d)) : zero, y = in1 ? pairs<BYTES>(b, d, first(dim - d)) : zero;
+      if (dim - d > 16) {
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
+        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+      } else {  // a strip of 16 columns, in their own order
+        _mm512_storeu_si512(panel + 2 * (steps * d + 16 * s), _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y));
+      }
     }
-    if (row < m) one_by_four(a + row * lda, lda, b, steps, width, columns, c + row * ldc, ldc, alpha);
-    fence();
   }
 
-  static void scale(float* c, int64_t ldc, int m, int64_t columns, const float* alpha) {
-    for (int row = 0; row < m; ++row) {
-      if (alpha[row] == 1.0f) continue;
-      __m512 factor = _mm512_set1_ps(alpha[row]);
-      for (int64_t j = 0; j < columns; j += 16)
-        _mm512_storeu_ps(c + row * ldc + j, _mm512_mul_ps(_mm512_loadu_ps(c + row * ldc + j), factor));
+  // Sums of a row of n columns in the order of the columns.
+  static void settle(float* o, int64_t n) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (; n >= 32; n -= 32, o += 32) {
+      __m512 a = _mm512_loadu_ps(o), b = _mm512_loadu_ps(o + 16);
+      _mm512_storeu_ps(o, _mm512_permutex2var_ps(a, low, b));
+      _mm512_storeu_ps(o + 16, _mm512_permutex2var_ps(a, high, b));
     }
   }
 
-  template <bool TWO>
-  static void two_by_two(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, int64_t width, float* c, int64_t ldc, bool add) {
+  // C [m, b.column] (+)= A B for up to 32 rows; rows of A and C are read and written up to a multiple of 16, and mean
+  // nothing there. between(i, n) is called n times, each behind a few products: tiles and vectors work at the same time
+  // only as far as the CPU looks ahead, so that what vectors have to do meanwhile must stand between products.
+  template <class Between>
+  [[gnu::always_inline]] static void products(const uint16_t* a, int64_t lda, const Panel<uint16_t>& b, float* c, int64_t ldc,
+                                              int m, bool add, Between&& between) {
+    const int64_t steps = b.step.end - b.step.begin;
+    const int calls = int(steps / 16 * ((b.column.end - b.column.begin + 31) / 32));
+    int call = 0;
+    auto next = [&]() __attribute__((always_inline)) { between(call++, calls); };
+    a += 2 * b.step.begin;
+    fence();
+    for (int64_t j = b.column.begin; j < b.column.end; j += 32, c += 32) {
+      const int64_t width = std::min<int64_t>(32, b.columns - j);
+      const uint16_t* at = b.at + 2 * (b.steps * j + b.step.begin * width);
+      if (m > 16 && width == 32) tiles<2, 2>(a, lda, at, steps, c, ldc, add, next);
+      else if (m > 16) tiles<2, 1>(a, lda, at, steps, c, ldc, add, next);
+      else if (width == 32) tiles<1, 2>(a, lda, at, steps, c, ldc, add, next);
+      else tiles<1, 1>(a, lda, at, steps, c, ldc, add, next);
+    }
+    fence();
+  }
+
+  // M by N tiles of C.
+  template <int M, int N, class Between>
+  [[gnu::always_inline]] static void tiles(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, float* c, int64_t ldc,
+                                           bool add, Between&& between) {
+    float* c2 = c + 16 * ldc;
     if (add) {
       _tile_loadd(0, c, ldc * 4);
-      _tile_loadd(2, c + 16 * ldc, ldc * 4);
-      if (TWO) _tile_loadd(1, c + 16, ldc * 4);
-      if (TWO) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+      if (N == 2) _tile_loadd(1, c + 16, ldc * 4);
+      if (M == 2) _tile_loadd(2, c2, ldc * 4);
+      if (M == 2 && N == 2) _tile_loadd(3, c2 + 16, ldc * 4);
     } else {
       _tile_zero(0);
-      _tile_zero(2);
-      if (TWO) _tile_zero(1);
-      if (TWO) _tile_zero(3);
+      if (N == 2) _tile_zero(1);
+      if (M == 2) _tile_zero(2);
+      if (M == 2 && N == 2) _tile_zero(3);
     }
-    for (int64_t s = 0; s < steps; s += 16, b += 32 * width) {
-      _tile_loadd(6, b, width * 4);
+    for (int64_t s = 0; s < steps; s += 16, b += 512 * N) {
+      _tile_loadd(6, b, 64 * N);
       _tile_loadd(4, a + 2 * s, lda * 2);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a + 2 * s + 16 * lda, lda * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      if (!TWO) continue;
-      _tile_loadd(7, b + 32, width * 4);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      if (M == 2) _tile_loadd(5, a + 2 * s + 16 * lda, lda * 2);
+      if (M == 2) _tile_dpbf16ps(2, 5, 6);
+      if (N == 2) _tile_loadd(7, b + 32, 64 * N);
+      if (N == 2) _tile_dpbf16ps(1, 4, 7);
+      if (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
+      between();
     }
     _tile_stored(0, c, ldc * 4);
-    _tile_stored(2, c + 16 * ldc, ldc * 4);
-    if (TWO) _tile_stored(1, c + 16, ldc * 4);
-    if (TWO) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+    if (N == 2) _tile_stored(1, c + 16, ldc * 4);
+    if (M == 2) _tile_stored(2, c2, ldc * 4);
+    if (M == 2 && N == 2) _tile_stored(3, c2 + 16, ldc * 4);
   }
 
-  static void one_by_four(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t steps, int64_t width, int64_t columns, float* c, int64_t ldc, bool add) {
-    const bool in1 = columns > 16, in2 = columns > 32, in3 = columns > 48;
-    if (add) {
-      _tile_loadd(0, c, ldc * 4);
-      if (in1) _tile_loadd(1, c + 16, ldc * 4);
-      if (in2) _tile_loadd(2, c + 32, ldc * 4);
-      if (in3) _tile_loadd(3, c + 48, ldc * 4);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t s = 0; s < steps; s += 16, b += 32 * width) {
-      _tile_loadd(4, a + 2 * s, lda * 2);
-      _tile_loadd(5, b, width * 4);
-      _tile_dpbf16ps(0, 4, 5);
-      if (!in1) continue;
-      _tile_loadd(6, b + 32, width * 4);
-      _tile_dpbf16ps(1, 4, 6);
-      if (!in2) continue;
-      _tile_loadd(7, b + 64, width * 4);
-      _tile_dpbf16ps(2, 4, 7);
-      if (!in3) continue;
-      _tile_loadd(5, b + 96, width * 4);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, c, ldc * 4);
-    if (in1) _tile_stored(1, c + 16, ldc * 4);
-    if (in2) _tile_stored(2, c + 32, ldc * 4);
-    if (in3) _tile_stored(3, c + 48, ldc * 4);
-  }
-
-  // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 64 keys.
-  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Ahead ahead);
-
-  // Largest of n scores, a multiple of 16.
-  static float largest_of(const float* s, int64_t n) {
-    __m512 top[4];
-    for (int i = 0; i < 4; ++i) top[i] = _mm512_set1_ps(-INF);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64)
-      for (int j = 0; j < 4; ++j) top[j] = _mm512_max_ps(top[j], _mm512_loadu_ps(s + i + 16 * j));
-    for (; i < n; i += 16) top[0] = _mm512_max_ps(top[0], _mm512_loadu_ps(s + i));
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])));
-  }
-
-  // p = bf16(2^(s factor - base) v_factor) of n numbers, a multiple of 32; their sum without v_factor. The power: relative
-  // error below 4e-6, against 2e-3 of the rounding that follows.
-  template <bool FACTORS>
-  static float powers(const float* s, uint16_t* p, int64_t n, float factor, float base, const float* v_factor) {
-    const __m512 f = _mm512_set1_ps(factor), b = _mm512_set1_ps(base);
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t i = 0; i < n; i += 32) {
-      __m512 y[2];
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16 * j), f, b);
-        __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x)
-        y[j] = _mm512_fmadd_ps(r, _mm512_set1_ps(0.01342669f), _mm512_set1_ps(0.05224247f));
-        y[j] = _mm512_fmadd_ps(y[j], r, _mm512_set1_ps(0.24128021f));
-        y[j] = _mm512_fmadd_ps(y[j], r, _mm512_set1_ps(0.69304484f));
-        y[j] = _mm512_fmadd_ps(y[j], r, _mm512_set1_ps(1.0f));
-        y[j] = _mm512_scalef_ps(y[j], x);  // times 2^floor(x)
-        sum[j] = _mm512_add_ps(sum[j], y[j]);
-        if (FACTORS) y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(v_factor + i + 16 * j));
-      }
-      _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
-  }
+  // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 16 keys.
+  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s);
 };
 
 #pragma GCC pop_options

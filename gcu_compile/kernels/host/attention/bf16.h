@@ -31,9 +31,10 @@ constexpr Words WORDS[3] = {words(0), words(1), words(2)};
 struct BF16 {
   using A = uint16_t;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 2, FEW = 8, STEPS = 1;
+  static constexpr int DEPTH = 2, FEW = 8, STEPS = 1, STRIP = ::STRIP;
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
+  struct Softmax {};
   static constexpr const uint16_t *ODD_WORDS = WORDS[0].at, *FIRST_WORDS = WORDS[1].at, *SECOND_WORDS = WORDS[2].at;
 
   static void convert(const float* from, uint16_t* to, int64_t n) {
@@ -90,14 +91,14 @@ struct BF16 {
   }
 
   static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
-    dtype == I8T ? pack_k<true, 1>(keys, n, dim, panel) : pack_k<false, 1>(keys, n, dim, panel);
+    dtype == I8T ? pack_k<true, 1, STRIP>(keys, n, dim, panel) : pack_k<false, 1, STRIP>(keys, n, dim, panel);
   }
   static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel) {
-    dtype == I8T ? pack_v<true, 1>(values, n, dim, panel) : pack_v<false, 1>(values, n, dim, panel);
+    dtype == I8T ? pack_v<true>(values, n, dim, panel) : pack_v<false>(values, n, dim, panel);
   }
 
-  // Panels have a multiple of STEPS steps, zeros at the end.
-  template <bool BYTES, int STEPS>
+  // The panel has a multiple of STEPS steps, zeros at the end.
+  template <bool BYTES, int STEPS, int STRIP>
   static void pack_k(const Row* keys, int n, int64_t dim, uint16_t* panel) {
     int64_t steps = rounded((dim + 1) / 2, STEPS);
     for (int strip = 0; strip < n; strip += STRIP) {
@@ -120,16 +121,15 @@ struct BF16 {
   }
 
   // Keys 2s and 2s + 1 side by side.
-  template <bool BYTES, int STEPS>
-  static void pack_v(const Row* values, int n, int64_t dim, uint16_t* panel, const Ahead& ahead = {}) {
-    int steps = int(rounded((n + 1) / 2, STEPS));
+  template <bool BYTES>
+  static void pack_v(const Row* values, int n, int64_t dim, uint16_t* panel) {
+    int steps = (n + 1) / 2;
     for (int64_t strip = 0; strip < dim; strip += STRIP) {
       int64_t width = std::min<int64_t>(STRIP, (dim - strip + LANES - 1) / LANES * LANES);
       for (int64_t d = 0; d < width; d += 32) {
         __mmask32 in = first(dim - strip - d);
         for (int s = 0; s < steps; ++s) {
-          if (strip == 0 && d == 0) ahead.fetch(2 * s, 2 * s + 2);
-          __m512i a = 2 * s < n ? pairs<BYTES>(values[2 * s], strip + d, in) : _mm512_setzero_si512();
+          __m512i a = pairs<BYTES>(values[2 * s], strip + d, in);
           __m512i b = 2 * s + 1 < n ? pairs<BYTES>(values[2 * s + 1], strip + d, in) : _mm512_setzero_si512();
           uint16_t* to = panel + 2 * (s * width + d);
           _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(FIRST_WORDS), b));

@@ -18,9 +18,10 @@ namespace {
 struct F32 {
   using A = float;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 1, FEW = 0, STEPS = 1;
+  static constexpr int DEPTH = 1, FEW = 0, STEPS = 1, STRIP = ::STRIP;
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
+  struct Softmax {};
 
   static void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * 4); }
   static void copy(const Row& row, int dtype, int64_t n, float* to) {

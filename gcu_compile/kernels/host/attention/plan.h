@@ -21,10 +21,11 @@ int64_t queries(const Arguments& in, int64_t sequence) {
   return in.block_table ? in.query_start_loc[sequence + 1] - in.query_start_loc[sequence] : in.q_len;
 }
 
-// Rows of an item: fewer than P allows where that would leave threads without work.
+// Rows of an item: fewer than P allows where queries and sums would fill the cache, or threads be without work.
 template <class P>
 int64_t rows_of_items(const Arguments& in) {
   int64_t rows = P::TILE_ROWS;
+  while (rows / 2 >= P::LEAST_ROWS && rows * (2 * in.head_dim + 4 * in.v_dim) > HELD) rows /= 2;
   for (; rows / 2 >= P::LEAST_ROWS; rows /= 2) {
     int64_t count = 0;
     for (int64_t s = 0; s < in.sequences; ++s) count += (queries(in, s) * in.heads / in.kv_heads + rows - 1) / rows * in.kv_heads;

@@ -56,6 +56,11 @@ class Tile {
     }
     for (int row = 0; row < rows_; row += P::BLOCK)
       if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * dv_, std::min(P::BLOCK, rows_ - row) * dv_, 0.0f);
+    if constexpr (P::BY_TILES)
+      for (int row = 0; row < rows_; ++row) {
+        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
+        P::settle(o_ + row * dv_, dv_);
+      }
     if (item.partial >= 0) keep();
     else finish_all();
   }
@@ -103,37 +108,73 @@ class Tile {
       int64_t first = item_.first_token + row / item_.head_count + offset_ - key;  // positions from the tile's first key
       int64_t last = item_.first_token + (row + count - 1) / item_.head_count + offset_ - key;
       int64_t end = rounded(in_.causal ? std::clamp<int64_t>(last + 1, 0, n) : n, 32);
-      int64_t begin = in_.window ? std::clamp<int64_t>(first - in_.window + 1, 0, n) / STRIP * STRIP : 0;
+      int64_t begin = in_.window ? std::clamp<int64_t>(first - in_.window + 1, 0, n) / P::STRIP * P::STRIP : 0;
       if (begin >= end) continue;
       k.column = {begin, std::min(end, all)};
       v.step = {begin / depth, std::min(end / depth, v.steps)};
       bool& started = started_[row / P::BLOCK];
-      matmul<P>(q_ + row * d_, d_, k, s_, TILE_KEYS, count, nullptr);
-      for (int i = 0; i < count; ++i) soften(row + i, i, key, begin, end);
-      matmul<P>(p_, TILE_KEYS, v, o_ + row * dv_, dv_, count, started ? alpha_ + row : nullptr);
+      if constexpr (P::BY_TILES) {
+        weights_by_tiles(row, count, key, k, first, last);
+        P::products(p_, TILE_KEYS, v, o_ + row * dv_, dv_, count, started, [](int, int) {});
+      } else {
+        matmul<P>(q_ + row * d_, d_, k, s_, TILE_KEYS, count, nullptr);
+        for (int i = 0; i < count; ++i) soften(row + i, i, key, begin, end);
+        matmul<P>(p_, TILE_KEYS, v, o_ + row * dv_, dv_, count, started ? alpha_ + row : nullptr);
+      }
       started = true;
     }
+  }
+
+  // Scores of a block's rows and the keys of `k`, 64 at a time, while the 64 before become weights. first, last: positions of
+  // the block's first and last row, from the tile's first key.
+  void weights_by_tiles(int row, int count, int64_t key, const Panel<A>& k, int64_t first, int64_t last) {
+    const int64_t all = rounded(k.column.end, 32);
+    float* scores[] = {s_, s_ + P::BLOCK * 64};
+    Panel<A> part = k;
+    int now = 0;
+    auto soften_rows = [&](float* s, int64_t begin, int from, int to) __attribute__((always_inline)) {
+      int64_t end = std::min(begin + 64, all);
+      bool seen = (!in_.causal || first + 1 >= end) && (!in_.window || last - in_.window < begin) && end <= now_->n;
+      if (plain_ && seen && end == begin + 64) {
+        const float* v_factor = in_.v_scale_kind == 3 ? now_->v_factor + begin : nullptr;
+        auto raise = [&](int at, float by) { this->raise(at, p_ + (at - row) * TILE_KEYS, begin, by); };
+        int i = from;
+        for (; i + 2 <= to; i += 2)
+          softmax_.template weigh<2, 4>(row + i, s + i * 64, 64, p_ + i * TILE_KEYS + begin, TILE_KEYS, factor_, v_factor, raise);
+        if (i < to) softmax_.template weigh<1, 4>(row + i, s + i * 64, 64, p_ + i * TILE_KEYS + begin, TILE_KEYS, factor_, v_factor, raise);
+      } else {
+        for (int i = from; i < to; ++i) weigh(row + i, s + i * 64 - begin, p_ + i * TILE_KEYS, key, begin, end);
+      }
+    };
+    for (int64_t strip = k.column.begin; strip < k.column.end; strip += 64, now ^= 1) {
+      part.column = {strip, std::min(strip + 64, k.column.end)};
+      P::products(q_ + row * d_, d_, part, scores[now], 64, count, false, [&](int i, int n) __attribute__((always_inline)) {
+        if (strip > k.column.begin) soften_rows(scores[now ^ 1], strip - 64, count * i / n, count * (i + 1) / n);
+      });
+    }
+    soften_rows(scores[now ^ 1], k.column.begin + (k.column.end - 1 - k.column.begin) / 64 * 64, 0, count);
   }
 
   // A tile of keys against few rows.
   void few(int64_t key) {
     const Keys& at = *now_;
     const float* alpha = started_[0] ? alpha_ : nullptr;
-    int64_t k_bytes = in_.head_dim * size_, v_bytes = in_.v_dim * size_;
     started_[0] = true;
     if constexpr (P::BY_TILES) {
       int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len;
       bool even = in_.cache_dtype == BF16T && in_.head_dim == d_ && block_size >= 16;
       Source source{at.k, at.n, in_.cache_dtype == I8T, even, in_.head_dim, stride};
-      P::scores(turned(), rows_, source, d_, k_, s_, {at.v, at.n, v_bytes});
+      P::scores(turned(), rows_, source, d_, k_, s_);
       int64_t end = rounded(at.n, 32);
-      for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, end);
-      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_, {next_->k, next_->n, k_bytes});
-      matmul<P>(p_, TILE_KEYS, {v_, end / 2, dv_, {0, end / 2}, {0, dv_}}, o_, dv_, rows_, alpha);
+      for (int row = 0; row < rows_; ++row)
+        for (int64_t from = 0; from < end; from += 64)
+          weigh(row, s_ + row * TILE_KEYS, p_ + row * TILE_KEYS, key, from, std::min(from + 64, end));
+      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_);
+      P::products(p_, TILE_KEYS, {v_, end / 2, dv_, {0, end / 2}, {0, dv_}}, o_, dv_, rows_, alpha, [](int, int) {});
     } else if constexpr (P::FEW > 0) {
-      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, v_bytes});
+      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
-      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, {next_->k, next_->n, k_bytes});
+      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, {next_->k, next_->n, in_.head_dim * size_});
     }
   }
 
@@ -161,6 +202,8 @@ class Tile {
     if (in_.k_scale_kind == 1) scale_ *= in_.k_scale[0];
     if (in_.k_scale_kind == 2) scale_ *= in_.k_scale[item_.kv_head];
     plain_ = P::BY_TILES && scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
+    factor_ = (plain_ ? scale_ : 1.0f) * 1.44269504f;
+    if constexpr (P::BY_TILES) softmax_.clear(rows_);
   }
 
   // A tile of keys: where they and their values lie, and the scales of their own.
@@ -195,44 +238,52 @@ class Tile {
     for (int i = to.n; i < int(rounded(to.n, 32)); ++i) to.k_factor[i] = to.v_factor[i] = 0;
   }
 
-  // Scores of a row, number i of its block and [from, to) of the tile's keys -> weights in p_, and what the sums so far
+  // Scores of a row, number i of its block, and [from, to) of the tile's keys -> weights in p_, and what the sums so far
   // must be multiplied by.
   void soften(int row, int i, int64_t key, int64_t from, int64_t to) {
-    int n = now_->n;
     float* s = s_ + i * TILE_KEYS;
     A* p = p_ + i * TILE_KEYS;
-    int64_t query = item_.first_token + row / item_.head_count, position = query + offset_;
-    int64_t end = in_.causal ? std::clamp<int64_t>(position + 1 - key, from, n) : n;
-    int64_t begin = in_.window ? std::clamp<int64_t>(position - in_.window + 1 - key, from, to) : from;
-    if (!plain_) adjust(s, item_.first_head + row % item_.head_count, query, key, from, to);
-    if (begin > from) std::fill(s + from, s + begin, -INF);
-    if (end < to) std::fill(s + end, s + to, -INF);
-    float before = maximum_[row], sum;
-    if constexpr (P::BY_TILES) {
-      constexpr float LOG2E = 1.44269504f;
-      float factor = plain_ ? scale_ : 1.0f;
-      float now = std::max(before, P::largest_of(s + from, to - from) * factor), base = now == -INF ? 0.0f : now;
-      bool factors = in_.v_scale_kind == 3;
-      auto powers = factors ? P::template powers<true> : P::template powers<false>;
-      sum = powers(s + from, p + from, to - from, factor * LOG2E, base * LOG2E, now_->v_factor + from);
-      maximum_[row] = now;
-    } else {
-      Vec top = splat(-INF);
-      for (int64_t j = from; j < to; j += LANES) top = maximum(top, load(s + j));
-      float now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
-      Vec all = {};
-      for (int64_t j = from; j < to; j += LANES) {
-        Vec x = exp_negative(load(s + j) - base);
-        all += x;
-        if (in_.v_scale_kind == 3) x *= load(now_->v_factor + j);
-        store(s + j, x);
-      }
-      P::convert(s + from, p + from, to - from);
-      sum = total(all), maximum_[row] = now;
+    masked(row, s, key, from, to);
+    Vec top = splat(-INF);
+    for (int64_t j = from; j < to; j += LANES) top = maximum(top, load(s + j));
+    float before = maximum_[row], now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
+    Vec sum = {};
+    for (int64_t j = from; j < to; j += LANES) {
+      Vec x = exp_negative(load(s + j) - base);
+      sum += x;
+      if (in_.v_scale_kind == 3) x *= load(now_->v_factor + j);
+      store(s + j, x);
     }
-    float now = maximum_[row];
-    alpha_[row] = now == before ? 1.0f : before == -INF ? 0.0f : std::exp(before - now);
-    weight_[row] = weight_[row] * alpha_[row] + sum;
+    P::convert(s + from, p + from, to - from);
+    alpha_[row] = before == -INF ? 0.0f : std::exp(before - base);
+    weight_[row] = weight_[row] * alpha_[row] + total(sum);
+    maximum_[row] = now;
+  }
+
+  // The same for 32 or 64 keys; sums and earlier weights of the tile are multiplied at once where they must be.
+  void weigh(int row, float* s, A* p, int64_t key, int64_t from, int64_t to) {
+    if constexpr (P::BY_TILES) {
+      masked(row, s, key, from, to);
+      const float* v_factor = in_.v_scale_kind == 3 ? now_->v_factor + from : nullptr;
+      auto raise = [&](int, float by) { this->raise(row, p, from, by); };
+      if (to - from == 64) softmax_.template weigh<1, 4>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
+      else softmax_.template weigh<1, 2>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
+    }
+  }
+
+  // Multiplies the sums of a row, and its weights in front of `from`.
+  [[gnu::noinline]] void raise(int row, A* p, int64_t from, float by) {
+    if (started_[row / P::BLOCK]) P::Softmax::multiply(o_ + row * dv_, dv_, by);
+    P::Softmax::multiply(p, from, by);
+  }
+
+  // Scores that a row has with keys that it may not see become -inf, after what else becomes of scores.
+  void masked(int row, float* s, int64_t key, int64_t from, int64_t to) {
+    int64_t query = item_.first_token + row / item_.head_count, position = query + offset_, n = now_->n;
+    if (!plain_) adjust(s, item_.first_head + row % item_.head_count, query, key, from, to);
+    int64_t end = in_.causal ? std::min(position + 1 - key, n) : n, begin = in_.window ? position - in_.window + 1 - key : from;
+    if (begin > from) std::fill(s + from, s + std::min(begin, to), -INF);
+    if (end < to) std::fill(s + std::max(end, from), s + to, -INF);
   }
 
   // Scores of products: scaled, capped, moved by positions and bias.
@@ -249,24 +300,24 @@ class Tile {
       if (slope != 0) x += (lanes + float(key + i - position)) * slope;
       store(s + i, x);
     }
-    if (in_.bias) add_bias(s, head, query, key, now_->n);
+    if (in_.bias) add_bias(s, head, query, key, from, std::min<int64_t>(to, now_->n));
   }
 
-  void add_bias(float* s, int64_t head, int64_t query, int64_t key, int n) const {
+  void add_bias(float* s, int64_t head, int64_t query, int64_t key, int64_t from, int64_t to) const {
     int64_t at = item_.sequence * in_.bias_batch + head * in_.bias_head + query * in_.bias_query + key * in_.bias_key;
     int64_t step = in_.bias_key;
     if (in_.bias_dtype == BOOLT) {
       const uint8_t* bias = static_cast<const uint8_t*>(in_.bias) + at;
-      for (int i = 0; i < n; ++i) s[i] = bias[i * step] ? s[i] : -INF;
+      for (int64_t i = from; i < to; ++i) s[i] = bias[i * step] ? s[i] : -INF;
     } else if (in_.bias_dtype == F32T) {
       const float* bias = static_cast<const float*>(in_.bias) + at;
-      for (int i = 0; i < n; ++i) s[i] += bias[i * step];
+      for (int64_t i = from; i < to; ++i) s[i] += bias[i * step];
     } else if (in_.bias_dtype == BF16T) {
       const uint16_t* bias = static_cast<const uint16_t*>(in_.bias) + at;
-      for (int i = 0; i < n; ++i) s[i] += to_float(bias[i * step]);
+      for (int64_t i = from; i < to; ++i) s[i] += to_float(bias[i * step]);
     } else {
       const _Float16* bias = static_cast<const _Float16*>(in_.bias) + at;
-      for (int i = 0; i < n; ++i) s[i] += float(bias[i * step]);
+      for (int64_t i = from; i < to; ++i) s[i] += float(bias[i * step]);
     }
   }
 
@@ -287,11 +338,12 @@ class Tile {
   Item item_;
   int64_t d_, dv_, start_, offset_, size_;  // size_: bytes of one number of the cache
   int rows_;
-  float scale_;
+  float scale_, factor_;  // of products; of scores, for powers of two
   bool paged_, plain_;  // plain_: scores are products, times scale_
   std::unique_ptr<char[]> memory_;
   A *q_, *k_, *v_, *p_;
   float *s_, *o_;
+  [[no_unique_address]] typename P::Softmax softmax_;
   Keys keys_[2], *now_ = &keys_[0], *next_ = &keys_[1];
   float maximum_[P::TILE_ROWS], weight_[P::TILE_ROWS], alpha_[P::TILE_ROWS];
   bool started_[P::TILE_ROWS / P::BLOCK];  // blocks whose sums have begun
