@@ -1,15 +1,16 @@
 // The product of bf16 activations on AMX.
 //
 // For some tiles of outputs and all rows at once, a block of inputs after the other: the block of a tile's weights is
-// unpacked into the L1 cache, where the rows pass by it. Sums of a group's products leave their registers as they are;
-// while the next are made, the vector units multiply them by the group's scale and add them up.
+// unpacked into the L1 cache, where the rows pass by it. Sums of a group's products leave their registers as they are.
+// Beside the products, which have a unit of their own, the vector units unpack the block that comes next, multiply the
+// last sums by their group's scale and add them up.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "amx_tiles.h"
 #include "layer.h"
+#include "room.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
 
@@ -22,9 +23,8 @@ class TileProduct : public Layer<BITS> {
   static constexpr int PER_STEP = 32;                      // inputs
   static constexpr int WORDS = PER_STEP / PER_WORD<BITS>;  // of a step
   static constexpr int PAIRS = PER_WORD<BITS> / 2;         // of a word
-  static constexpr int MOST_STEPS = 8, FEW_STEPS = 4;      // of a block, for many and for few rows
-  static constexpr int FEW_ROWS = 32;
-  static constexpr int MOST_ROWS = 512;  // of a task; its sums and its block of x share the L2 cache
+  static constexpr int MOST_STEPS = 4;                     // of a block: 16 KiB of weights, and the next beside them
+  static constexpr int64_t MOST_ROWS = 512;  // of a task; its sums and its block of x share the L2 cache
   static constexpr int NEAR = 4;         // row tiles that pass by one group's weights while their sums stay in L1
   static constexpr int WIDE = 4;         // tiles of outputs whose sums are kept at a time: x is read anew for the next
 
@@ -36,12 +36,11 @@ class TileProduct : public Layer<BITS> {
   explicit TileProduct(const Arguments& in)
       : Base(in), steps_((in.k + PER_STEP - 1) / PER_STEP), group_((in.k / in.groups + PER_STEP - 1) / PER_STEP),
         height_(amx::tile_rows(in.m)), row_tiles_((in.m + height_ - 1) / height_),
-        x_(new (std::align_val_t(64)) int32_t[row_tiles_ * height_ * steps_ * 16]),
+        x_(row_tiles_ * height_ * steps_ * 16),
         sums_(in.zeros ? row_tiles_ * height_ * in.groups : 0) {
-    int64_t most = in.m > FEW_ROWS ? MOST_STEPS : FEW_STEPS;
     for (int64_t begin = 0, end; begin < steps_; begin = end) {  // whole groups, or a part of one
-      end = begin + std::max<int64_t>(1, most / group_) * group_;
-      if (group_ > most) end = std::min(begin + most, (begin / group_ + 1) * group_);
+      end = begin + std::max<int64_t>(1, MOST_STEPS / group_) * group_;
+      if (group_ > MOST_STEPS) end = std::min(begin + MOST_STEPS, (begin / group_ + 1) * group_);
       blocks_.push_back({begin, end = std::min(end, steps_)});
     }
   }
@@ -56,13 +55,15 @@ class TileProduct : public Layer<BITS> {
 
   void work(int64_t task, int64_t end) const override {
     amx::ProductTiles tiles(height_);
-    Scratch s;
+    Scratch s(std::min<int64_t>(WIDE, Base::tiles()) * std::min(MOST_ROWS + 16, row_tiles_ * height_) * TILE);
+    Unpacking(*this, {task % Base::tiles(), 0}, {}, s.unpacked[0]).rest();
     while (task < end) {
       int64_t chunk = task / Base::tiles(), tile = task % Base::tiles();
       int64_t many = std::min({end - task, Base::tiles() - tile, int64_t(WIDE)});
       read_factors(tile, tile + many);
-      several(tile, many, row_tiles_ * chunk / chunks(), row_tiles_ * (chunk + 1) / chunks(), s);
       task += many;
+      several(tile, many, task < end ? task % Base::tiles() : -1, row_tiles_ * chunk / chunks(),
+              row_tiles_ * (chunk + 1) / chunks(), s);
     }
   }
 
@@ -70,14 +71,13 @@ class TileProduct : public Layer<BITS> {
   struct Block {
     int64_t begin, end;  // steps
   };
-  struct Freed {
-    void operator()(int32_t* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
 
   struct Scratch {
-    alignas(64) int32_t unpacked[MOST_STEPS * TILE * 16];
+    explicit Scratch(size_t sums) : c(sums) {}
+    alignas(64) int32_t unpacked[2][MOST_STEPS * TILE * 16];
+    int turn = 0;  // the one that is multiplied; the other is filled meanwhile
     alignas(64) float sums[2][32 * 32], scale[MOST_STEPS][TILE], shift[MOST_STEPS][TILE];
-    std::vector<float> c;
+    Room<float> c;
   };
 
   // Sums of products of one group, on their way to c.
@@ -127,56 +127,78 @@ class TileProduct : public Layer<BITS> {
       }
   }
 
-  // [rows of tiles] x [tiles of outputs]
-  void several(int64_t tile, int64_t many, int64_t first, int64_t end, Scratch& s) const {
-    int64_t rows = (end - first) * height_;
-    s.c.assign(many * rows * TILE, 0.0f);
-    for (Block block : blocks_)
-      for (int64_t i = 0; i < many; ++i) {
-        const int32_t* next = i + 1 < many ? words(tile + i + 1, block.begin * WORDS) : words(tile, block.end * WORDS);
-        unpack(tile + i, block, next, s.unpacked);
-        multiply(tile + i, block, first, end, s, s.c.data() + i * rows * TILE);
-      }
-    for (int64_t i = 0; i < many; ++i)
-      finish(tile + i, first * height_, int(std::min(rows, in_.m - first * height_)), s.c.data() + i * rows * TILE);
-  }
+  // A block of a tile's weights.
+  struct Item {
+    int64_t tile = -1;
+    size_t block = 0;
+  };
 
-  // [steps][column tiles][16][16] pairs; zeros behind the last word.
-  void unpack(int64_t tile, Block block, const int32_t* ahead, int32_t* out) const {
-    const int32_t* from = words(tile, block.begin * WORDS);
-    for (int64_t step = block.begin; step < block.end; ++step, out += TILE * 16, from += WORDS * TILE) {
-      if ((step + 1) * WORDS > words_) {
-        std::fill(out, out + TILE * 16, 0);
-        unpack_step(from, ahead, int(words_ - step * WORDS), out);
-      } else {
-        unpack_step(from, ahead, WORDS, out);
-      }
-      ahead += WORDS * TILE;
+  // Weights on their way to [steps][column tiles][16][16] pairs, a word of each output at a time.
+  class Unpacking {
+   public:
+    Unpacking(const TileProduct& of, Item item, Item after, int32_t* out) : out_(out) {
+      if (item.tile < 0) return;
+      Block block = of.blocks_[item.block];
+      from_ = of.words(item.tile, block.begin * WORDS);
+      ahead_ = after.tile < 0 ? from_ : of.words(after.tile, of.blocks_[after.block].begin * WORDS);
+      words_ = std::min(block.end * WORDS, of.words_) - block.begin * WORDS;
+      if (int64_t all = (block.end - block.begin) * WORDS; words_ < all)  // zeros behind the last
+        std::fill(out + (all / WORDS - 1) * TILE * 16, out + all / WORDS * TILE * 16, 0);
     }
-    amx::fence();
-  }
 
-  static void unpack_step(const int32_t* from, const int32_t* ahead, int count, int32_t* out) {
-    for (int word = 0; word < count; ++word, out += PAIRS * 16)
+    // One of `parts` equal parts of the work.
+    void part(int64_t parts) {
+      for (share_ += words_; share_ >= parts && word_ < words_; share_ -= parts) one();
+    }
+    void rest() {
+      while (word_ < words_) one();
+      amx::fence();
+    }
+
+   private:
+    void one() {
+      int32_t* out = out_ + word_ / WORDS * TILE * 16 + word_ % WORDS * PAIRS * 16;
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
-        vi packed = ::load<vi>(from + word * TILE + v * 16);
-        __builtin_prefetch(ahead + word * TILE + v * 16);
+        vi packed = ::load<vi>(from_ + word_ * TILE + v * 16);
+        __builtin_prefetch(ahead_ + word_ * TILE + v * 16);
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIRS; ++i)
-          ::store(out + v * 256 + i * 16, Pairs::weights<BITS>(packed, i));
+        for (int i = 0; i < PAIRS; ++i) ::store(out + v * 256 + i * 16, Pairs::weights<BITS>(packed, i));
       }
+      ++word_;
+    }
+
+    const int32_t *from_ = nullptr, *ahead_ = nullptr;
+    int32_t* out_;
+    int64_t words_ = 0, word_ = 0, share_ = 0;
+  };
+
+  // Rows of tiles [first, end) times `many` tiles of outputs; the next call begins with tile `next` (none: -1).
+  void several(int64_t tile, int64_t many, int64_t next, int64_t first, int64_t end, Scratch& s) const {
+    int64_t rows = (end - first) * height_, items = int64_t(blocks_.size()) * many;
+    std::fill_n(s.c.get(), many * rows * TILE, 0.0f);
+    auto item = [&](int64_t i) {
+      return i < items ? Item{tile + i % many, size_t(i / many)} : Item{i == items ? next : -1, 0};
+    };
+    for (int64_t i = 0; i < items; ++i, s.turn ^= 1) {
+      Unpacking unpacking(*this, item(i + 1), item(i + 2), s.unpacked[s.turn ^ 1]);
+      multiply(item(i), first, end, unpacking, s, s.c.get() + i % many * rows * TILE);
+      unpacking.rest();
+    }
+    for (int64_t i = 0; i < many; ++i)
+      finish(tile + i, first * height_, int(std::min(rows, in_.m - first * height_)), s.c.get() + i * rows * TILE);
   }
 
-  void multiply(int64_t tile, Block block, int64_t first, int64_t end, Scratch& s, float* c) const {
+  void multiply(Item item, int64_t first, int64_t end, Unpacking& unpacking, Scratch& s, float* c) const {
+    Block block = blocks_[item.block];
     for (int64_t from = block.begin, part = 0; from < block.end; from = after(block, from), ++part)
-      factors(tile, from / group_, s.scale[part], s.shift[part]);
-    int64_t row = first;
+      factors(item.tile, from / group_, s.scale[part], s.shift[part]);
+    int64_t row = first, parts = (block.end - block.begin) * ((end - first));
     for (int64_t to; row + 1 < end; c += (to - row) * height_ * TILE, row = to) {
       to = row + std::min<int64_t>(NEAR, (end - row) / 2 * 2);
-      pass<2, 2>(block, row, to, s, c);
+      pass<2, 2>(block, row, to, parts, unpacking, s, c);
     }
-    pass<1, 4>(block, row, end, s, c);
+    pass<1, 4>(block, row, end, parts, unpacking, s, c);
   }
 
   // The step after the group that holds `step`, or after the block.
@@ -184,7 +206,8 @@ class TileProduct : public Layer<BITS> {
 
   // R tiles of rows times V of outputs at a time.
   template <int R, int V>
-  void pass(Block block, int64_t first, int64_t end, Scratch& s, float* c) const {
+  void pass(Block block, int64_t first, int64_t end, int64_t parts, Unpacking& unpacking, Scratch& s,
+            float* c) const {
     Pending<V> pending;
     int turn = 0;
     int64_t x_tile = (block.end - block.begin) * height_ * amx::LINE;
@@ -194,9 +217,10 @@ class TileProduct : public Layer<BITS> {
         for (int at = 0; at < TILE; at += V * 16, turn ^= 1) {
           int steps = int(to - from), rows = pending.rows;
           auto* x = reinterpret_cast<const char*>(tile_of(row, block, from - block.begin));
-          auto* w = reinterpret_cast<const char*>(s.unpacked) + (from - block.begin) * 4 * amx::TILE_BYTES + at * 64;
+          auto* w = reinterpret_cast<const char*>(s.unpacked[s.turn] + (from - block.begin) * TILE * 16 + at * 16);
           amx::multiply<R, V>(x, x_tile, height_, w, steps, [&](int step) {
             pending.add(rows * step / steps, rows * (step + 1) / steps, in_.groups);
+            unpacking.part(parts);
           });
           amx::store<R, V>(s.sums[turn], height_);
           bool shifted = in_.zeros && from % group_ == 0;
@@ -211,8 +235,8 @@ class TileProduct : public Layer<BITS> {
   int64_t steps_, group_;  // of a row; of a group
   int height_;             // rows of a tile
   int64_t row_tiles_;      // the last rows of the last may be of no row of x: zeros
-  std::unique_ptr<int32_t[], Freed> x_;  // [blocks][row tiles][steps of the block][rows of a tile][16 pairs]
-  std::vector<float> sums_;              // [rows, groups], where zeros ask for them
+  Room<int32_t> x_;        // [blocks][row tiles][steps of the block][rows of a tile][16 pairs]
+  std::vector<float> sums_;  // [rows, groups], where zeros ask for them
   std::vector<Block> blocks_;
 };
 
