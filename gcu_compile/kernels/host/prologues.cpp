@@ -114,15 +114,32 @@ float norm(const Arguments& in, int64_t r, const float* weight, float* row) {
   return largest(most);
 }
 
-// gate * sigmoid(gate) * up in `row`; the largest magnitude.
+// gate * sigmoid(gate) * up. A row takes as long as the instructions of this: with AVX-512 the exponential may overflow,
+// for gate / infinity is the 0 that it should be, and so the sign of the gate needs no care.
+inline vf silu_mul(vf gate, vf up) {
+#if defined(__AVX512DQ__)
+  constexpr float MAGIC = 12582912.0f;  // as in exp_negative
+  vf x = (vf)_mm512_range_ps((__m512)gate, (__m512)splat(128.0f), 2);  // what is nearer to 0, with the sign of the gate
+  vf n = fma(x, splat(-1.44269504f), splat(MAGIC)) - MAGIC, f = fma(x, splat(-1.44269504f), -n);
+  vf power = fma(f, splat(1.5337445e-4f), splat(1.3399992e-3f));  // 2^f for |f| <= 1/2, relative error below 2e-9
+  power = fma(fma(power, f, splat(9.6185211e-3f)), f, splat(5.5503287e-2f));
+  power = fma(fma(power, f, splat(2.4022647e-1f)), f, splat(6.9314721e-1f));
+  power = fma(power, f, splat(1.0f));
+  return gate / ((vf)_mm512_scalef_ps((__m512)power, (__m512)n) + 1.0f) * up;
+#else
+  vf small = exp_negative(-magnitude(gate));
+  return (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * up;
+#endif
+}
+
+// Of a row, in `row`; the largest magnitude.
 template <int32_t DTYPE>
 float gated(const Arguments& in, int64_t r, const float*, float* row) {
   const void *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   vi most[4] = {};
   each_vector(in.size, [&](int64_t at, int64_t left, int v) {
     vf gate = read<DTYPE>(x, at, left), up = read<DTYPE>(other, at, left);
-    vf small = exp_negative(-magnitude(gate));
-    vf y = (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * up;
+    vf y = silu_mul(gate, up);
     store(row + at, y);
     most[v] = larger_magnitude(most[v], y);
   });
