@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 import gcu_compile.kernels.prologues  # noqa: F401
 from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import formats
+from gcu_compile.kernels.host import weighted_sum as host
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization import progress
 
@@ -139,6 +140,8 @@ def weighted_sum(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) ->
     """
     tokens, top_k = weights.shape
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    if host.refuses(y) is None:
+        return host.run(y, place, weights)
     found = y.new_empty(tokens, y.shape[1])
     for first in range(0, tokens, TOKENS):
         part = weights[first : first + TOKENS]
