@@ -31,6 +31,36 @@ inline void copy_keys(const Source& from, int key, int64_t d, uint16_t* to) {
   fence();
 }
 
+// Scores of 16 keys [16 keys, 16 rows] -> 16 rows, TILE_KEYS apart.
+inline void turn(const float (&from)[16][16], float* to) {
+  Int columns[16];
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) columns[k] = as_int(load(from[k]));
+  transpose(columns);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) store(to + r * TILE_KEYS, as_float(columns[r]));
+}
+
+// The same for the first four rows: keys 4 l + j in quarter l of vector j.
+inline void turn_four(const float (&from)[16][16], float* to) {
+  __m512 x[4], a[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    x[j] = _mm512_broadcast_f32x4(_mm_load_ps(from[j]));
+    x[j] = _mm512_mask_broadcast_f32x4(x[j], 0x00F0, _mm_load_ps(from[4 + j]));
+    x[j] = _mm512_mask_broadcast_f32x4(x[j], 0x0F00, _mm_load_ps(from[8 + j]));
+    x[j] = _mm512_mask_broadcast_f32x4(x[j], 0xF000, _mm_load_ps(from[12 + j]));
+  }
+  for (int j = 0; j < 2; ++j) {
+    a[2 * j] = _mm512_unpacklo_ps(x[2 * j], x[2 * j + 1]);
+    a[2 * j + 1] = _mm512_unpackhi_ps(x[2 * j], x[2 * j + 1]);
+  }
+  for (int r = 0; r < 4; ++r) {
+    __m512d low = _mm512_castps_pd(a[r / 2]), high = _mm512_castps_pd(a[2 + r / 2]);
+    _mm512_storeu_pd(to + r * TILE_KEYS, r % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+  }
+}
+
 void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s) {
   alignas(64) float result[4][16][16];
   for (int key = 0; key < from.n; key += 64) {
@@ -45,18 +75,7 @@ void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64
       }
       key_tile(at, stride, turned, d, result[i][0]);
     }
-    for (int i = 0; i < tiles; ++i) {
-      float* to = s + key + 16 * i;
-      Int columns[16];
-#pragma GCC unroll 16
-      for (int k = 0; k < 16; ++k) columns[k] = as_int(load(result[i][k]));
-      transpose(columns);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) store(to + r * TILE_KEYS, as_float(columns[r]));
-      if (rows > 4)
-#pragma GCC unroll 12
-        for (int r = 4; r < 16; ++r) store(to + r * TILE_KEYS, as_float(columns[r]));
-    }
+    for (int i = 0; i < tiles; ++i) rows <= 4 ? turn_four(result[i], s + key + 16 * i) : turn(result[i], s + key + 16 * i);
   }
 }
 

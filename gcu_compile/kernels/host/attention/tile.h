@@ -220,6 +220,7 @@ class Tile {
     int64_t head = item_.kv_head, block_size = paged_ ? in_.block_size : in_.kv_len;
     const char *k = static_cast<const char*>(in_.k) + head * in_.k_at.head * size_;
     const char *v = static_cast<const char*>(in_.v) + head * in_.v_at.head * size_;
+    const bool of_their_own = in_.k_scale_kind == 3 || in_.v_scale_kind == 3;
     for (int i = 0; i < to.n;) {
       int64_t j = key + i, slot = j % block_size, block = item_.sequence;
       if (paged_) block = in_.block_table[item_.sequence * in_.table_stride + j / block_size];
@@ -228,7 +229,16 @@ class Tile {
       auto zero = [&](const int32_t* z, int64_t kind, const Strides& s) {
         return !z ? 0 : kind == 1 ? z[0] : kind == 2 ? z[head] : z[at(s)];
       };
-      for (int stop = int(std::min<int64_t>(to.n, i + block_size - slot)); i < stop; ++i, ++slot) {
+      int stop = int(std::min<int64_t>(to.n, i + block_size - slot));
+      if (!of_their_own) {
+        const char *k_row = k_block + slot * in_.k_at.token * size_, *v_row = v_block + slot * in_.v_at.token * size_;
+        const int32_t k_zero = in_.k_zero ? in_.k_zero[in_.k_scale_kind == 2 ? head : 0] : 0;
+        const int32_t v_zero = in_.v_zero ? in_.v_zero[in_.v_scale_kind == 2 ? head : 0] : 0;
+        for (; i < stop; ++i, k_row += in_.k_at.token * size_, v_row += in_.v_at.token * size_)
+          to.k[i] = {k_row, k_zero}, to.v[i] = {v_row, v_zero};
+        continue;
+      }
+      for (; i < stop; ++i, ++slot) {
         to.k[i] = {k_block + slot * in_.k_at.token * size_, zero(in_.k_zero, in_.k_scale_kind, in_.k_scale_at)};
         to.v[i] = {v_block + slot * in_.v_at.token * size_, zero(in_.v_zero, in_.v_scale_kind, in_.v_scale_at)};
         if (in_.k_scale_kind == 3) to.k_factor[i] = in_.k_scale[at(in_.k_scale_at)];
