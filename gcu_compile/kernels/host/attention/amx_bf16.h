@@ -36,11 +36,25 @@ struct AmxBF16 : BF16 {
     pack(keys, n, dim, panel);
   }
 
-  // Keys 2s and 2s + 1 side by side. The cheapest exchange leaves the 32 columns of a strip in an order of its own, which
-  // `settle` undoes in the sums.
+  // Keys 2s and 2s + 1 side by side. Of bfloat16 the cheapest exchange leaves the 32 columns of a strip in an order of its
+  // own, which `settle` undoes in the sums.
   static void pack_v(const Row* values, int n, int dtype, int64_t dim, uint16_t* panel) {
     auto pack = dtype == I8T ? pack_pairs<true> : pack_pairs<false>;
     pack(values, n, dim, panel);
+  }
+
+  // A strip's step of 32 columns of two rows.
+  template <bool ORDERED>
+  [[gnu::always_inline]] static void put(__m512i x, __m512i y, uint16_t* to) {
+    _mm512_storeu_si512(to, ORDERED ? _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y) : _mm512_unpacklo_epi16(x, y));
+    _mm512_storeu_si512(to + 32, ORDERED ? _mm512_permutex2var_epi16(x, _mm512_load_si512(SECOND_WORDS), y) : _mm512_unpackhi_epi16(x, y));
+  }
+
+  // 16 numbers of two rows of integers side by side, as bf16.
+  [[gnu::always_inline]] static __m512i side_by_side(__m128i low, __m128i high, __m512i low_zero, __m512i high_zero) {
+    __m512i a = (__m512i)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepi8_epi32(low), low_zero));
+    __m512i b = (__m512i)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepi8_epi32(high), high_zero));
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, _mm512_set1_epi32(int(0xffff0000)), 0xF8);  // a | b & c
   }
 
   template <bool BYTES>
@@ -52,16 +66,22 @@ struct AmxBF16 : BF16 {
       const Row a = values[in0 ? 2 * s : 0], b = values[in1 ? 2 * s + 1 : 0];
       uint16_t* to = panel + 64 * s;
       int64_t d = 0;
+      if (BYTES && in1) {
+        const __m512i a_zero = _mm512_set1_epi32(a.zero), b_zero = _mm512_set1_epi32(b.zero);
+        auto bytes = [](const Row& row, int64_t at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.at + at)); };
+        for (; d < whole; d += 32, to += 64 * steps) {
+          _mm512_storeu_si512(to, side_by_side(bytes(a, d), bytes(b, d), a_zero, b_zero));
+          _mm512_storeu_si512(to + 32, side_by_side(bytes(a, d + 16), bytes(b, d + 16), a_zero, b_zero));
+        }
+      }
       for (; d < whole; d += 32, to += 64 * steps) {
         __m512i x = in0 ? pairs<BYTES>(a, d, ~0u) : zero, y = in1 ? pairs<BYTES>(b, d, ~0u) : zero;
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
-        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+        put<BYTES>(x, y, to);
       }
       if (d == dim) continue;
       __m512i x = in0 ? pairs<BYTES>(a, d, first(dim - d)) : zero, y = in1 ? pairs<BYTES>(b, d, first(dim - d)) : zero;
       if (dim - d > 16) {
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
-        _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+        put<BYTES>(x, y, to);
       } else {  // a strip of 16 columns, in their own order
         _mm512_storeu_si512(panel + 2 * (steps * d + 16 * s), _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y));
       }
@@ -134,6 +154,8 @@ struct AmxBF16 : BF16 {
     if (M == 2) _tile_stored(2, c2, ldc * 4);
     if (M == 2 && N == 2) _tile_stored(3, c2 + 16, ldc * 4);
   }
+
+  static void halves_together(uint16_t* x, int64_t d);
 
   // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 16 keys.
   static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s);

@@ -11,11 +11,28 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
+// Of 32 numbers, 0 to 15 and 16 to 31 in turns: the order in which integers are copied, for it costs no exchange.
+void AmxBF16::halves_together(uint16_t* x, int64_t d) {
+  for (int64_t at = 0; at < d; at += 32) {
+    __m512i both = _mm512_loadu_si512(x + at), high = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(both, 1));
+    _mm512_storeu_si512(x + at, _mm512_permutex2var_epi16(both, _mm512_load_si512(FIRST_WORDS), high));
+  }
+}
+
 template <bool BYTES>
 inline void copy_keys(const Source& from, int key, int64_t d, uint16_t* to) {
   for (int i = key; i < std::min(key + 16, from.n); ++i, to += d)
-    for (int64_t at = 0; at < d; at += 32)
-      _mm512_storeu_si512(to + at, BF16::pairs<BYTES>(from.keys[i], at, BF16::first(from.dim - at)));
+    for (int64_t at = 0; at < d; at += 32) {
+      const Row& row = from.keys[i];
+      if (!BYTES) {
+        _mm512_storeu_si512(to + at, BF16::pairs<BYTES>(row, at, BF16::first(from.dim - at)));
+        continue;
+      }
+      // Behind the end queries are 0, and a byte is finite whatever it is, so that masks only keep the reads in the row.
+      __m256i bytes = _mm256_maskz_loadu_epi8(BF16::first(from.dim - at), row.at + at);
+      const __m512i zero = _mm512_set1_epi32(row.zero);
+      _mm512_storeu_si512(to + at, AmxBF16::side_by_side(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1), zero, zero));
+    }
 }
 
 // Scores of 16 keys and 16 rows, stored at `to`.

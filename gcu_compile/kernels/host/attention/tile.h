@@ -59,7 +59,7 @@ class Tile {
     if constexpr (P::BY_TILES)
       for (int row = 0; row < rows_; ++row) {
         maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        P::settle(o_ + row * dv_, dv_);
+        if (in_.cache_dtype == BF16T) P::settle(o_ + row * dv_, dv_);
       }
     if (item.partial >= 0) keep();
     else finish_all();
@@ -190,6 +190,8 @@ class Tile {
     }
     if constexpr (P::BY_TILES) {
       if (rows_ > P::FEW) return;
+      if (in_.cache_dtype == I8T)
+        for (int row = 0; row < rows_; ++row) P::halves_together(q_ + row * d_, d_);
       Row rows[P::FEW];
       for (int i = 0; i < P::FEW; ++i) rows[i] = {reinterpret_cast<const char*>(q_ + i * d_), 0};
       P::pack_k(rows, P::FEW, BF16T, d_, turned());
