@@ -27,7 +27,7 @@ struct Arguments {
 namespace {
 
 constexpr int TILE = 64;  // outputs
-constexpr int MOST = 8;   // tiles whose results are made together
+constexpr int MOST = 4;   // tiles whose results are made together
 
 class Int8Product : public Job {
  public:

@@ -10,9 +10,8 @@
 
 #if defined(__AMX_TILE__)
 
-#include <cstdlib>
-
 #include "int8_product.h"
+#include "room.h"
 
 namespace {
 
@@ -20,22 +19,21 @@ class TileProduct : public Int8Product {
  public:
   explicit TileProduct(const Arguments& in)
       : Int8Product(in), steps_((words_ + WORDS - 1) / WORDS), high_((in.m + 15) / 16),
-        x_(static_cast<char*>(std::aligned_alloc(64, steps_ * high_ * BYTES))) {}
+        x_(steps_ * high_ * BYTES) {}
 
   int64_t tasks() const override { return tiles_ * chunks(); }
 
   void work(int64_t task, int64_t end) const override {
     amx::Tiles registers;
-    thread_local std::vector<int32_t> sums;
+    Room<int32_t> sums(GROUP * std::min(HIGH, high_ * 16) * TILE);
     while (task < end) {
       int64_t chunk = task / tiles_, tile = task % tiles_, first = begin_of(chunk), pad = begin_of(chunk + 1) - first;
       int count = int(std::min({end - task, tiles_ - tile, pad > FEW ? GROUP : 1}));
-      if (int64_t(sums.size()) < count * pad * TILE) sums.resize(count * pad * TILE);
-      multiply(tile, count, first, pad, sums.data());
+      multiply(tile, count, first, pad, sums.get());
       int32_t of_weights[GROUP * TILE];
       for (int t = 0; in_.x_zeros && t < count; ++t) add_up(tile + t, of_weights + t * TILE);
       int rows = int(std::min(pad, in_.m - first));
-      finish(tile, count, first, rows, sums.data(), pad * TILE, in_.x_zeros ? of_weights : nullptr);
+      finish(tile, count, first, rows, sums.get(), pad * TILE, in_.x_zeros ? of_weights : nullptr);
       task += count;
     }
   }
@@ -44,10 +42,6 @@ class TileProduct : public Int8Product {
   static constexpr int64_t HIGH = 512, GROUP = MOST, DEPTH = 16;
   static constexpr int64_t FEW = 64;  // rows whose product waits for its weights: they are read in one stream
   static constexpr int64_t WORDS = 16, BYTES = 1024;  // words of inputs in a step; of a tile of x
-
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
 
   // Weights that will be wanted, a few lines in every step.
   struct Ahead {
@@ -160,7 +154,7 @@ class TileProduct : public Int8Product {
   }
 
   int64_t steps_, high_;  // tiles of x
-  std::unique_ptr<char[], Free> x_;
+  Room<char> x_;
 };
 
 }  // namespace
