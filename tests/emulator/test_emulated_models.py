@@ -15,6 +15,8 @@ MODELS = {
     "GPTNeoX": DENSE,
     "Bloom": {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "Gemma2": {**DENSE, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4},
+    "Mistral": {**DENSE, "num_key_value_heads": 2, "sliding_window": 4},
+    "Phi3": {**DENSE, "num_key_value_heads": 2, "pad_token_id": 0},
 }
 
 
