@@ -46,9 +46,7 @@ class Options:
         changes_code=True,
     )
     disable_rules: tuple[str, ...] = _option((), "Lowering rules switched off, by name.", changes_code=True)
-    enable_rules: tuple[str, ...] = _option(
-        (), "Opt-in (numerics-changing) rules switched on, by name.", changes_code=True
-    )
+    enable_rules: tuple[str, ...] = _option((), "Opt-in rules switched on, by name.", changes_code=True)
     disable_steps: tuple[str, ...] = _option((), "Pipeline steps switched off, by name.", changes_code=True)
     disable_matches: tuple[str, ...] = _option(
         (),

@@ -6,6 +6,7 @@ HOST_PLATFORM = "vllm_integration.platform.GcuHostPlatform"
 GCU_PLATFORM = "vllm_integration.gcu_platform.GcuPlatform"
 # Name and class of our attention backends.
 ATTENTION = ("GCU_ATTN", "vllm_integration.attention.GcuAttentionBackend")
+ATTENTION_WRITTEN = "vllm_integration.attention.GcuWrittenBackend"
 MLA = ("GCU_MLA", "vllm_integration.mla.GcuMLABackend")
 
 

@@ -4,7 +4,8 @@
     forward: keys and values of the step -> cache, quantised where the cache is int8; then the whole batch (decode,
         verify, chunked and whole prefill) in one call; encoder-only layers, which keep no cache, sequence by sequence
 
-The write is part of `forward`: as an operation of its own it would cut every layer's graph once more.
+The write is part of `forward`, unless the graph is compiled with rule `rope_and_cache`: that joins it to the rotation
+(`cache_write.py`), and `GcuWrittenBackend` serves.
 
 A page of one KV head is [K of all slots | V of all slots], then, for an int8 cache, the float32 scales of both, one per
 slot: what one head reads lies together. Copies and swaps of whole pages, which is what vLLM does, keep it so.
@@ -164,7 +165,9 @@ def encode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
 
 
 class GcuAttentionImpl(AttentionImpl):
-    """One layer."""
+    """One layer. `writes`: whether `forward` stores the step's keys and values, or another operation did."""
+
+    writes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -233,10 +236,15 @@ class GcuAttentionImpl(AttentionImpl):
             self.encode(query, key, value, m, output)
             return output
         known = self.layer_of(layer, query, kv_cache)
-        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            known.write(key, value, m.step)
+        if self.writes and key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            known.write(key, value, m.step.slot_mapping)
         known.attend(query, output, m.step)
         return output
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        """The write alone, where it is an operation of its own and no rule joined it to another."""
+        if kv_cache.numel():
+            self.layer_of(layer, key, kv_cache).write(key, value, slot_mapping[: key.shape[0]])
 
     def encode(self, query, key, value, m: Metadata, output: torch.Tensor) -> None:
         """Bidirectional attention of each sequence over itself. A window reaches both ways."""
@@ -249,3 +257,19 @@ class GcuAttentionImpl(AttentionImpl):
                 bias = (place.unsqueeze(1) - place).abs() < self.sliding_window
             q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
             output[begin:end] = torch.ops.gcu.attention(q, k, v, bias, **settings)[0].transpose(0, 1)
+
+
+class GcuWrittenImpl(GcuAttentionImpl):
+    """One layer whose keys and values are in the cache before `forward`."""
+
+    writes = False
+
+
+class GcuWrittenBackend(GcuAttentionBackend):
+    """The same for layers whose write is an operation of vLLM's graph; `compilation.writes_apart` says which do."""
+
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_impl_cls() -> type[GcuAttentionImpl]:
+        return GcuWrittenImpl

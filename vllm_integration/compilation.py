@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from gcu_compile.lowering.rules import rope_and_cache
+from gcu_compile.options import resolve
+from vllm_integration import versions
+
+# vLLM's operation that writes keys and values, where attention does not.
+CACHE_UPDATE = "vllm::unified_kv_cache_update"
 # vLLM's fusions into CUDA kernels.
 DEVICE_FUSIONS = (
     "fuse_norm_quant",
@@ -39,9 +45,23 @@ def take_over(vllm_config: Any, compiler: str) -> None:
     compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
     compilation.mode = CompilationMode.VLLM_COMPILE
     compilation.backend = compiler
+    theirs = compilation.splitting_ops is None
     compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
+    if rope_and_cache.RULES[0].is_on(resolve()) and versions.layers_are_inputs() and theirs:
+        compilation.splitting_ops.remove(CACHE_UPDATE)  # a call in a piece, for the rule to join with what precedes it
     # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
     compilation.compile_sizes = compilation.compile_sizes or []
+
+
+def writes_apart(attn_type: str) -> bool:
+    """Whether a layer that is made now leaves the write of its keys and values to an operation of its own: where its
+    graph is compiled with rule `rope_and_cache`, and the operation stands in a compiled piece."""
+    from vllm.config import CompilationMode, get_current_vllm_config  # vllm.config imports the platform: not at the top
+
+    config = get_current_vllm_config().compilation_config
+    compiled = config.mode == CompilationMode.VLLM_COMPILE and CACHE_UPDATE not in (config.splitting_ops or ())
+    on = rope_and_cache.RULES[0].is_on(resolve()) and versions.layers_are_inputs()
+    return compiled and on and attn_type == "decoder"
 
 
 def rotate_in_plain_torch(compilation: Any) -> None:

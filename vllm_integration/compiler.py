@@ -19,6 +19,9 @@ from gcu_compile.cache.key import cache_key
 from gcu_compile.options import resolve
 from gcu_compile.recording import Recording
 from gcu_compile.targets.select import gcu_target
+from vllm_integration import cache_write
+
+cache_write.install()  # also where compiled code is found again, which calls the operation
 
 
 def target() -> str:
@@ -50,7 +53,7 @@ class GcuCompiler(InductorStandaloneAdaptor):
         if options.dump:
             compiler_config = {**compiler_config, "trace.provenance_tracking_level": 1}
         try:
-            with torch_private.learning(recording.learned):
+            with torch_private.learning(recording.learned), torch_private.telling_bypasses(recording.bypassed):
                 compiled = super().compile(graph, example_inputs, compiler_config, compile_range, key)
         except StopCompiling:  # vLLM has an equal piece already
             self._finish(recording)

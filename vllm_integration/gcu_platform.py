@@ -16,7 +16,7 @@ from gcu_compile.errors import UnsupportedFeatureError
 from gcu_compile.options import resolve
 from gcu_compile.targets import emulator
 from gcu_compile.targets.select import gcu_target
-from vllm_integration import ATTENTION, behaviours, compilation, versions
+from vllm_integration import ATTENTION, ATTENTION_WRITTEN, behaviours, compilation, versions
 from vllm_integration.quantization import cache as quantised_cache
 
 KV_BLOCK_SIZE = 64
@@ -216,7 +216,7 @@ class GcuPlatform(Platform):
             )
         if asked.use_mla or asked.use_sparse:
             raise UnsupportedFeatureError("latent and sparse attention are not for target gcu yet: use target host.")
-        return ATTENTION[1]
+        return ATTENTION_WRITTEN if compilation.writes_apart(asked.attn_type) else ATTENTION[1]
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

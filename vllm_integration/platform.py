@@ -14,7 +14,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import check_target
-from vllm_integration import ATTENTION, MLA, behaviours, compilation, cores, versions
+from vllm_integration import ATTENTION, ATTENTION_WRITTEN, MLA, behaviours, compilation, cores, versions
 from vllm_integration.quantization import cache
 
 # What vLLM's CPU platform changes for models of latent attention, whose own kernel needs it; ours does not.
@@ -62,6 +62,8 @@ class GcuHostPlatform(CpuPlatform):
             takes_ours, why = True, "only it reads an int8 cache"
         else:
             takes_ours, why = cls.prefers_ours(asked.use_mla), f"option attention is {resolve().attention}"
+        if ours is ATTENTION and takes_ours and compilation.writes_apart(asked.attn_type):
+            ours = (ATTENTION[0], ATTENTION_WRITTEN)
         path = ours[1] if takes_ours else super().get_attn_backend_cls(selected_backend, asked, num_heads)
         report_attention(path.rpartition(".")[2], why)
         return path

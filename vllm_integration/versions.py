@@ -7,6 +7,7 @@ Each difference is told by what is there, not by a version number: a card's vend
     how a backend names its cache's layout and size   `cache_interface`
     stop tokens that `min_tokens` gives back          `stop_entry`
     latent attention in a backend from outside        `need_latent_attention`
+    names of layers as inputs of compiled graphs      `layers_are_inputs`
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ def need_latent_attention() -> None:
             "latent attention (MLA) on target host needs vLLM 0.32; this release serves it on the CPU with no backend. "
             "Set VLLM_MLA_DISABLE=1, which makes keys and values of every latent and attends to those, or upgrade."
         )
+
+
+def layers_are_inputs() -> bool:
+    """Whether a layer's name is an input of compiled graphs, so that an operation that takes one can stand in a piece
+    that layers share: not where VLLM_USE_LAYERNAME is 0."""
+    from vllm.utils import torch_utils
+
+    return torch_utils._USE_LAYERNAME
 
 
 def stop_entry(entry: tuple) -> tuple[int, list[int], set[int], bool]:

@@ -126,6 +126,23 @@ def end_output_threads_at_exit() -> None:
     _once(SyncMPClient, "__init__", make)
 
 
+def before_splitting(edit: Callable[[Any], None]) -> None:
+    """Call `edit(graph_module)` on a model's whole graph before vLLM splits it for compilation.
+
+    A pass sees one piece, and cannot know who uses what the piece hands on.
+    """
+    from vllm.compilation import backends
+
+    def make(original):
+        def split_graph(graph, splitting_ops):
+            edit(graph)
+            return original(graph, splitting_ops)
+
+        return split_graph
+
+    _once(backends, "split_graph", make)
+
+
 def on_chunked_prefill_default(decide: Callable[[Any, Any], None]) -> None:
     """Call `decide(engine_args, model_config)` before vLLM fills in `enable_chunked_prefill`.
 

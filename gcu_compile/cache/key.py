@@ -108,7 +108,7 @@ def describe(value: Any) -> str:
         return f"{value.dtype} {tuple(value.shape)} {stride} {value.device}{grad}".replace("torch.", "")
     if isinstance(value, torch.SymInt):
         return f"{value} in {torch_private.symbol_range(value)}"
-    return type(value).__name__ if callable(value) else f"{type(value).__name__} {value}"
+    return type(value).__name__ if callable(value) else ADDRESS.sub("0x", f"{type(value).__name__} {value}")
 
 
 def _lines(gm: torch.fx.GraphModule) -> str:

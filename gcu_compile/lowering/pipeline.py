@@ -107,11 +107,12 @@ def apply(rule: Rule, gm: torch.fx.GraphModule, context: Context) -> None:
 
 def rewrite(rule: Rule, graph: torch.fx.Graph, node: torch.fx.Node, match: Any) -> None:
     """Put what `rule` builds in the place of `node`. New nodes get provenance and fake values."""
-    before = node.prev
-    with graph.inserting_before(node):
+    place = rule.place(node, match)
+    before = place.prev
+    with graph.inserting_before(place):
         new = rule.build(graph, node, match)
     made = []
-    while before.next is not node:
+    while before.next is not place:
         before = before.next
         made.append(before)
     for one in made:

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from gcu_compile.options import Options
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ def _nothing(node: torch.fx.Node, match: Any) -> str:
     return ""
 
 
+def _here(node: torch.fx.Node, match: Any) -> torch.fx.Node:
+    return node
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rewrite.
@@ -39,26 +45,33 @@ class Rule:
     Attributes:
         name: unique; what `disable_rules` and the report use.
         step: the pipeline step that it belongs to.
-        anchors: operations at which it is tried.
+        anchors: operations at which it is tried; a collection that may grow.
         match: node -> any value that `build` needs, a `Refusal`, or None (not this rule's business,
             and not reported).
-        build: (graph, node, match) -> the replacement; called with insertion before `node`. None: the rule
+        build: (graph, node, match) -> the replacement; called with insertion before `place`. None: the rule
             recognises a chain that is already in the form which Inductor fuses, and leaves it as it is.
         eager: the meaning of the replacement in plain torch.
         guard: match -> reason to refuse, or None.
         note: (node, match) -> what the report shall say of a place that is fused.
-        opt_in: changes numerics; fires only when named in `enable_rules`.
+        place: (node, match) -> the node before which new ones stand: `node`, or one before it whose users need them.
+        opt_in: changes numerics, or does not always pay; fires only when named in `enable_rules`.
     """
 
     name: str
     step: str
-    anchors: tuple[Any, ...]
+    anchors: Collection[Any]
     match: Callable[[torch.fx.Node], Any]
     build: Callable[[torch.fx.Graph, torch.fx.Node, Any], torch.fx.Node] | None
     eager: Callable
     guard: Callable[[Any], str | None] = _always
     note: Callable[[torch.fx.Node, Any], str] = _nothing
+    place: Callable[[torch.fx.Node, Any], torch.fx.Node] = _here
     opt_in: bool = False
+
+    def is_on(self, options: Options) -> bool:
+        """Whether it fires at all with these options."""
+        named = self.name in options.enable_rules or not self.opt_in
+        return named and self.name not in options.disable_rules and self.step not in options.disable_steps
 
 
 def value_of(node: Any) -> Any:

@@ -177,3 +177,13 @@ def test_layers_of_one_kind_share_a_key():
         torch.compile(Model(), backend=backend)(torch.ones(2), index)
     assert found[0][0] == found[1][0]
     assert [layers for _, layers in found] == [["layers.0"], ["layers.2"]]
+
+
+def test_an_input_without_a_text_of_its_own_is_told_without_its_address():
+    """vLLM hands a layer's name to a compiled piece as such an object; layers that are alike share an entry."""
+
+    class Name:
+        pass
+
+    held = [Name(), Name()]
+    assert key.describe(held[0]) == key.describe(held[1]) and "Name" in key.describe(held[0])

@@ -42,6 +42,8 @@ def test_pieces_that_are_alike_share_an_entry(folder):
     assert len(report["graphs"]) == LAYERS + 1
     assert states == ["miss", "miss", *["hit"] * (LAYERS - 2), "miss"]
     assert all(graph["steps"] for graph in report["graphs"])
+    # torch's own cache was asked and took every piece: a bypass would be among the reasons.
+    assert not any("AOTAutograd" in graph["reason"] for graph in report["cache"])
 
 
 def test_kernels_and_calls_are_told(folder):
@@ -72,3 +74,27 @@ def test_shadow_check_in_float64_is_over_soon_whatever_the_size_of_the_cache(fol
     found = {row[1].strip(): (int(row[5]), int(row[6])) for row in rows}  # calls, breaches
     assert found["gcu::paged_attention"][0] >= LAYERS and found["gcu::sample"][0] > 0
     assert not any(breaches for _, breaches in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [False, True])
+def test_smollm2_fuses_all_thirty_layers(tmp_path, joined):
+    from gcu_compile.demo_model import ensure_demo_model
+
+    words = ["explain", str(ensure_demo_model()), "--through", "vllm", "--json", str(tmp_path / "report.json")]
+    environ = {
+        **os.environ,
+        "GCU_COMPILE_CACHE_DIR": str(tmp_path / "cache"),
+        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
+        "GCU_COMPILE_ATTENTION": "gcu",
+        "GCU_COMPILE_ENABLE_RULES": "rope_and_cache" if joined else "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gcu_compile.cli.main", *words], capture_output=True, text=True, env=environ, timeout=900
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    places = {"rms_norm": 61, "gated_activation": 30, "rotary": 0 if joined else 60, "rope_and_cache": 30 * joined}
+    assert {rule: report["fused"].get(rule, 0) for rule in places} == places
+    assert len(report["layers"]["gated_activation"]) == 30 and len(report["graphs"]) == 31
+    assert report["calls"].get("write_kv: host_cpp", 0) == 0 or not joined

@@ -142,3 +142,35 @@ def test_client_has_the_thread_that_ours_waits_for():
     init = getattr(SyncMPClient.__init__, "__gcu_original__", SyncMPClient.__init__)
     assert "self.output_queue_thread = Thread(" in inspect.getsource(inspect.unwrap(init))
     assert "timeout" in inspect.signature(SyncMPClient.shutdown).parameters
+
+
+def test_graphs_are_split_by_the_function_that_we_precede(monkeypatch):
+    from vllm.compilation import backends
+
+    from vllm_integration import vllm_private
+
+    original = getattr(backends.split_graph, "__gcu_original__", backends.split_graph)
+    assert list(inspect.signature(original).parameters) == ["graph", "splitting_ops"]
+    assert "split_graph(graph, fx_split_ops)" in inspect.getsource(backends.VllmBackend)
+    monkeypatch.setattr(backends, "split_graph", lambda graph, splitting_ops: ("split", graph, splitting_ops))
+    seen = []
+    vllm_private.before_splitting(seen.append)
+    assert backends.split_graph("graph", ["op"]) == ("split", "graph", ["op"]) and seen == ["graph"]
+
+
+def test_attention_after_a_write_of_its_own_does_not_need_the_keys():
+    import torch
+    from vllm.model_executor.layers.attention import attention
+
+    from vllm_integration.cache_write import keys_from_the_cache
+
+    assert list(inspect.signature(attention.unified_kv_cache_update).parameters) == ["key", "value", "layer_name"]
+    graph = torch.fx.Graph()
+    query, key, value, output = map(graph.placeholder, ("query", "key", "value", "output"))
+    for writes in (True, False):
+        token = graph.call_function(torch.ops.vllm.unified_kv_cache_update, (key, value, "a")) if writes else None
+        arguments, named = (query, key, value, output, "a"), {"kv_cache_dummy_dep": token}
+        graph.call_function(torch.ops.vllm.unified_attention_with_output, arguments, named)
+    keys_from_the_cache(torch.fx.GraphModule({}, graph))
+    first, second = (n for n in graph.nodes if n.target is torch.ops.vllm.unified_attention_with_output)
+    assert first.args == (query, value, value, output, "a") and second.args == (query, key, value, output, "a")

@@ -85,6 +85,21 @@ def run_write(k, v, slot_mapping, k_cache, v_cache, *scales, **more_scales) -> b
     return build.load("rope").gcu_rope_and_cache(FIELDS.pack(fields)) == 0
 
 
+def turn_fields(heads: int, cos_sin, interleaved: bool, eps: float) -> dict:
+    """Fields of a rotation that a layer keeps, beside `write_fields`; the caller keeps `cos_sin` alive."""
+    rows, rotary = cos_sin.shape
+    return {
+        "heads": heads,
+        "cos_sin": cos_sin.data_ptr(),
+        "cos_sin_stride": cos_sin.stride(0),
+        "rows": rows,
+        "rotary": rotary,
+        "eps": eps,
+        "interleaved": interleaved,
+        "cos_sin_dtype": DTYPES[cos_sin.dtype],
+    }
+
+
 class Prepared:
     """The layer's fields of `gcu::rope_and_cache`, which follow from where and how its tensors lie.
 
@@ -95,17 +110,8 @@ class Prepared:
 
     def __init__(self, dtype, heads, cos_sin, k_cache, v_cache, *scales, interleaved=False, eps=1e-6):
         fields, held = write_fields(dtype, k_cache, v_cache, *scales)
-        self.rows, rotary = cos_sin.shape
-        fields |= {
-            "heads": heads,
-            "cos_sin": cos_sin.data_ptr(),
-            "cos_sin_stride": cos_sin.stride(0),
-            "rows": self.rows,
-            "rotary": rotary,
-            "eps": eps,
-            "interleaved": interleaved,
-            "cos_sin_dtype": DTYPES[cos_sin.dtype],
-        }
+        fields |= turn_fields(heads, cos_sin, interleaved, eps)
+        self.rows = cos_sin.shape[0]
         self.packed, self.heads, self.head_dim = FIELDS.pack_layer(fields), heads, k_cache.shape[3]
         self.k_at = heads * self.head_dim * dtype.itemsize
         self.v_at = self.k_at + fields["kv_heads"] * self.head_dim * dtype.itemsize

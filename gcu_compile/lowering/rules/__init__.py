@@ -10,9 +10,17 @@ from gcu_compile.lowering.rule import Rule
 @functools.cache
 def all_rules() -> tuple[Rule, ...]:
     """Every rule of every step; names are unique."""
-    from gcu_compile.lowering.rules import attention, canonical, dequant_gemm, elementwise, post_processing, prologues
+    from gcu_compile.lowering.rules import (
+        attention,
+        canonical,
+        dequant_gemm,
+        elementwise,
+        post_processing,
+        prologues,
+        rope_and_cache,
+    )
 
-    modules = (canonical, attention, dequant_gemm, prologues, post_processing, elementwise)
+    modules = (canonical, attention, rope_and_cache, dequant_gemm, prologues, post_processing, elementwise)
     rules = tuple(rule for module in modules for rule in module.RULES)
     assert len({rule.name for rule in rules}) == len(rules), "two rules share a name"
     return rules

@@ -65,7 +65,7 @@ def test_write_is_the_operation(dtype, cache):
     scales |= {f"{n}_zero_point": b[f"{n}_zero_point"] for n in "kv" if cache == "head"}
     torch.ops.gcu.write_kv(k[:9], v[:9], slots, b["k_cache"], b["v_cache"], **scales)
     before = ran("write_kv")
-    layer(a).write(k, v, Step(*(a[name] for name in TABLES), slots))
+    layer(a).write(k, v, slots)
     assert ran("write_kv") == before + (dtype != torch.float64)
     written = [name for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in a]
     assert all(torch.equal(a[name], b[name]) for name in written)
@@ -130,13 +130,13 @@ def test_bad_writes_are_named():
     for bad, message in ((10**6, r"slot_mapping\[0\] is 1000000"), (-2, r"slot_mapping\[0\] is -2")):
         slots[0] = bad
         with pytest.raises(InvalidInputError, match="gcu::write_kv: " + message):
-            kept.write(k, v, Step(*tables, slots))
+            kept.write(k, v, slots)
     with pytest.raises(InvalidInputError, match="slot_mapping is torch.int32"):
         Step(*tables, slots.int())
     with pytest.raises(InvalidInputError, match="gcu::write_kv: k is "):
-        kept.write(k[..., :16], v, Step(*tables, slots.clamp(0, 1)))
+        kept.write(k[..., :16], v, slots.clamp(0, 1))
     with pytest.raises(InvalidInputError, match=r"slot_mapping is torch.int64 \(4,\), expected int64 \[2\]"):
-        kept.write(k[:2], v[:2], Step(*tables, slots.clamp(0, 1)))
+        kept.write(k[:2], v[:2], slots.clamp(0, 1))
     with pytest.raises(InvalidInputError, match="k_scale is None"):
         layer(a | {"k_cache": a["k_cache"].to(torch.int8), "v_cache": a["v_cache"].to(torch.int8)})
 
@@ -147,7 +147,7 @@ def test_debug_checks_see_a_slot_written_twice(monkeypatch):
     slots[:2] = 3
     monkeypatch.setenv("GCU_COMPILE_DEBUG_CHECKS", "1")
     with pytest.raises(InvalidInputError, match="one slot for two tokens"):
-        layer(a).write(k, v, Step(*(a[name] for name in TABLES), slots))
+        layer(a).write(k, v, slots)
 
 
 def test_shadow_check_sees_the_operations(monkeypatch):
@@ -160,7 +160,7 @@ def test_shadow_check_sees_the_operations(monkeypatch):
     monkeypatch.setattr(registry, "watcher", watcher)
     k, v, slots = keys(a, 4)
     kept, step = layer(a), Step(*(a[name] for name in TABLES), slots)
-    kept.write(k, v, step)
+    kept.write(k, v, step.slot_mapping)
     kept.attend(a["q"], torch.empty_like(a["q"]), step)
     assert seen == [("write_kv", "host_cpp"), ("paged_attention", "host_cpp")]
 
@@ -171,3 +171,81 @@ def test_instruction_set_is_that_of_the_call(monkeypatch):
     for isa in ("portable", "auto"):
         monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
         assert torch.equal(attend(kept, a), torch.ops.gcu.paged_attention(**a))
+
+
+def turned(a, tokens, seed=1, norms=False):
+    """Arguments of a rotation: rows of q, k and v, a table, positions, and slots of which the last is padding."""
+    source = torch.Generator().manual_seed(seed)
+    rows = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * SIZE, generator=source).to(a["q"].dtype)
+    table = torch.randn(50, 24, generator=source).to(a["q"].dtype)
+    slots = torch.randperm(a["k_cache"].shape[0] * a["k_cache"].shape[2], generator=source)[:tokens]
+    slots[-1] = -1
+    given = [rows, table, torch.randint(0, 50, (tokens,), generator=source), slots]
+    return [*given, *(torch.rand(2, SIZE, generator=source).to(a["q"].dtype) if norms else ())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cache", ["float", "token_head", "tensor", "head"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_rotate_and_write_is_the_operation(dtype, cache, norms):
+    a, b = (batch(dtype=dtype, cache=cache, zero=cache == "head") for _ in "ab")
+    mine, theirs = layer(a), layer(b)
+    for tokens in (9, 1, 4):
+        given, how = turned(a, tokens, norms=norms), {"interleaved": cache == "head", "eps": 1e-5}
+        before = ran("rope_and_cache")
+        q = mine.rotate_and_write(*given, **how)
+        assert ran("rope_and_cache") == before + (dtype != torch.float64)
+        rows, table, positions, slots, *weights = given
+        named = dict(zip(("q_norm", "k_norm"), weights, strict=False))
+        assert torch.equal(
+            q, torch.ops.gcu.rope_and_cache(rows, table, positions, slots, **theirs.written, **named, **how)
+        )
+        written = [name for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in a]
+        assert all(torch.equal(a[name], b[name]) for name in written)
+
+
+def test_rotations_by_another_table_by_rows_and_of_fewer_slots():
+    a, b = batch(), batch()
+    mine, theirs = layer(a), layer(b)
+    rows, table, positions, slots = turned(a, 6)
+    for angles, places in ((table, positions), (table * 2, positions), (table[positions], None)):
+        q = mine.rotate_and_write(rows, angles, places, slots[:4])
+        padded = torch.cat([slots[:4], torch.tensor([-1, -1])])
+        assert torch.equal(q, torch.ops.gcu.rope_and_cache(rows, angles, places, padded, **theirs.written))
+        assert torch.equal(a["k_cache"], b["k_cache"]) and torch.equal(a["v_cache"], b["v_cache"])
+    table.mul_(3)  # in place: its numbers are read at each call
+    assert torch.equal(
+        mine.rotate_and_write(rows, table, positions, slots),
+        torch.ops.gcu.rope_and_cache(rows, table, positions, slots, **theirs.written),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({3: torch.full((6,), 10**6)}, r"slot_mapping\[0\] is 1000000"),
+        ({2: torch.full((6,), 50)}, r"positions\[0\] is 50"),
+        ({2: torch.zeros(5, dtype=torch.int64)}, "positions is torch.int64"),
+        ({2: torch.zeros(6)}, "positions is torch.float32"),
+        ({0: torch.zeros(6, 64).bfloat16()}, "qkv's row is 64"),
+        ({1: torch.zeros(50, 34).bfloat16()}, "cos_sin is"),
+        ({4: torch.ones(7)}, "q_norm is"),
+    ],
+)
+def test_bad_rotations_are_named(change, message):
+    a = batch()
+    given = dict(enumerate([*turned(a, 6), None])) | change
+    with pytest.raises(InvalidInputError, match="gcu::rope_and_cache: " + message):
+        layer(a).rotate_and_write(*given.values())
+
+
+def test_shadow_check_sees_a_rotation_and_where_it_stands(monkeypatch):
+    a, seen = batch(), []
+
+    def watcher(op, implementation, run, site, args, kwargs):
+        seen.append((op.name, site))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(registry, "watcher", watcher)
+    layer(a).rotate_and_write(*turned(a, 4), site="rule|layer 3|")
+    assert seen == [("rope_and_cache", "rule|layer 3|")]
