@@ -24,6 +24,8 @@ class TileProduct : public Layer<BITS> {
   static constexpr int WORDS = PER_STEP / PER_WORD<BITS>;  // of a step
   static constexpr int PAIRS = PER_WORD<BITS> / 2;         // of a word
   static constexpr int MOST_STEPS = 4;                     // of a block: 16 KiB of weights, and the next beside them
+  static constexpr int PART_STEPS = 16;                    // of a larger group's parts: sums are folded in after each
+  static constexpr int FEW_ROWS = 32;                      // up to so many, larger parts would only leave the L1 cache
   static constexpr int64_t MOST_ROWS = 512;  // of a task; its sums and its block of x share the L2 cache
   static constexpr int NEAR = 4;         // row tiles that pass by one group's weights while their sums stay in L1
   static constexpr int WIDE = 4;         // tiles of outputs whose sums are kept at a time: x is read anew for the next
@@ -38,9 +40,10 @@ class TileProduct : public Layer<BITS> {
         height_(amx::tile_rows(in.m)), row_tiles_((in.m + height_ - 1) / height_),
         x_(row_tiles_ * height_ * steps_ * 16),
         sums_(in.zeros ? row_tiles_ * height_ * in.groups : 0) {
+    int64_t part = in.m > FEW_ROWS ? PART_STEPS : MOST_STEPS;
     for (int64_t begin = 0, end; begin < steps_; begin = end) {  // whole groups, or a part of one
       end = begin + std::max<int64_t>(1, MOST_STEPS / group_) * group_;
-      if (group_ > MOST_STEPS) end = std::min(begin + MOST_STEPS, (begin / group_ + 1) * group_);
+      if (group_ > part) end = std::min(begin + part, (begin / group_ + 1) * group_);
       blocks_.push_back({begin, end = std::min(end, steps_)});
     }
   }
@@ -74,7 +77,7 @@ class TileProduct : public Layer<BITS> {
 
   struct Scratch {
     explicit Scratch(size_t sums) : c(sums) {}
-    alignas(64) int32_t unpacked[2][MOST_STEPS * TILE * 16];
+    alignas(64) int32_t unpacked[2][PART_STEPS * TILE * 16];
     int turn = 0;  // the one that is multiplied; the other is filled meanwhile
     alignas(64) float sums[2][32 * 32], scale[MOST_STEPS][TILE], shift[MOST_STEPS][TILE];
     Room<float> c;
