@@ -17,23 +17,24 @@ LENS = {
     "mixed": ([1, 33, 0, 17, 48, 5, 310], [1, 33, 0, 1, 7, 0, 150]),
 }
 CACHES = [("float", False), *((kind, zero) for kind in ("tensor", "head", "token_head") for zero in (False, True))]
-PAGED = pairwise(
-    {
-        "isa": ISAS,
-        "dtype": DTYPES,
-        "cache": CACHES,
-        "sizes": [*((n, n) for n in (32, 64, 80, 112, 120, 128, 256)), (96, 64), (192, 128), (33, 7)],
-        "heads": [(1, 1), (4, 4), (6, 2), (7, 1), (16, 2), (100, 1)],
-        "block_size": [1, 16, 32, 128],
-        "lens": list(LENS),
-        "causal": [True, False],
-        "window": [None, 1, 40],
-        "soft_cap": [0.0, 3.0],
-        "alibi": [False, True],
-        "sinks": [False, True],
-        "padding": [0, 3],
-    }
-)
+PAGED_FACTORS = {
+    "isa": ISAS,
+    "dtype": DTYPES,
+    "cache": CACHES,
+    "sizes": [*((n, n) for n in (32, 64, 80, 112, 120, 128, 256)), (96, 64), (192, 128), (33, 7)],
+    "heads": [(1, 1), (4, 4), (6, 2), (7, 1), (16, 2), (100, 1)],
+    "block_size": [1, 16, 32, 128],
+    "lens": list(LENS),
+    "causal": [True, False],
+    "window": [None, 1, 40],
+    "soft_cap": [0.0, 3.0],
+    "alibi": [False, True],
+    "sinks": [False, True],
+    "padding": [0, 3],
+}
+# A bfloat16 query on a bfloat16 or int8 cache has arithmetics of its own: all options of those, too.
+OWN = {"isa": [isa for isa in ISAS if isa in ("avx512", "amx")], "dtype": [torch.bfloat16]}
+PAGED = pairwise(PAGED_FACTORS) + (pairwise(PAGED_FACTORS | OWN) if OWN["isa"] else [])
 
 
 def name(row):
@@ -68,23 +69,22 @@ def test_paged_covering_array(row, monkeypatch):
     torch.testing.assert_close(got.double(), paged.eager(**double(arguments)), **tolerance(row["dtype"], length))
 
 
-DENSE = pairwise(
-    {
-        "isa": ISAS,
-        "dtype": DTYPES,
-        "sizes": [(64, 64), (80, 80), (72, 40), (128, 128), (1, 1)],
-        "heads": [(1, 1), (4, 4), (6, 2)],
-        "lengths": [(1, 1), (1, 77), (130, 130), (37, 300), (300, 37), (5, 0)],
-        "bias": [None, "bool", "float", "same", "row", "key_last"],
-        "causal": [True, False],
-        "offset": [0, 9, -4],
-        "window": [None, 1, 40],
-        "soft_cap": [0.0, 3.0],
-        "alibi": [False, True],
-        "sinks": [False, True],
-        "layout": ["contiguous", "transposed", "strided"],
-    }
-)
+DENSE_FACTORS = {
+    "isa": ISAS,
+    "dtype": DTYPES,
+    "sizes": [(64, 64), (80, 80), (72, 40), (128, 128), (1, 1)],
+    "heads": [(1, 1), (4, 4), (6, 2)],
+    "lengths": [(1, 1), (1, 77), (130, 130), (37, 300), (300, 37), (5, 0)],
+    "bias": [None, "bool", "float", "same", "row", "key_last"],
+    "causal": [True, False],
+    "offset": [0, 9, -4],
+    "window": [None, 1, 40],
+    "soft_cap": [0.0, 3.0],
+    "alibi": [False, True],
+    "sinks": [False, True],
+    "layout": ["contiguous", "transposed", "strided"],
+}
+DENSE = pairwise(DENSE_FACTORS) + (pairwise(DENSE_FACTORS | OWN) if OWN["isa"] else [])
 
 
 def bias_of(kind, dtype, shape):
@@ -162,3 +162,26 @@ def test_nan_and_huge_values_are_not_hidden():
     assert got[0, 1, 2].isnan().all() and got.isnan().sum() == 32
     big = torch.ops.gcu.attention(k * 1e4, k, v, scale=1.0)
     torch.testing.assert_close(big.double(), dense.eager((k * 1e4).double(), k.double(), v.double(), scale=1.0))
+
+
+@pytest.mark.parametrize("queries", [1, 4, 150, 700])
+@pytest.mark.parametrize("cache", ["float", "token_head"])
+def test_scores_that_grow_or_fall_along_the_keys(queries, cache):
+    """What was summed is brought down again and again, or what comes later is nothing beside it."""
+    batch = case([700], [queries], heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, cache=cache, block_size=32)
+    arguments = batch.arguments
+    for sign in (1.0, -1.0):
+        positions = torch.arange(700) * sign / 700
+        key = torch.ones(64).bfloat16()
+        for i, block in enumerate(arguments["block_table"][0, :22].tolist()):
+            along = positions[i * 32 : (i + 1) * 32]
+            cells = arguments["k_cache"][block, :, : len(along)]
+            if cache == "float":
+                cells[:] = along[:, None].bfloat16() * key
+            else:
+                cells[:] = 1
+                arguments["k_scale"][block, :, : len(along)] = along
+        arguments["q"] = (torch.ones(queries, 4, 64) * 20).bfloat16()
+        got = torch.ops.gcu.paged_attention(**arguments)
+        expected = paged.eager(**double(arguments))
+        torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, 700))
