@@ -4,7 +4,7 @@
 
 Hidden size 2048, 768 inner values, random routing. Ours is the whole of what vLLM calls after routing: sorting, both
 grouped products, the activation, and the weighted sum. vLLM's is the kernel that its stock build chooses on this
-machine. Both sides take turns; medians are compared.
+machine. The SGLang kernel for int8 that vLLM ships takes its turn as well. Medians are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from dequant_gemm import turns
+from dequant_gemm import optional, turns
 
 import gcu_compile.kernels.dequant_gemm  # noqa: F401
 from gcu_compile.kernels.dequant_gemm import layouts
@@ -72,6 +72,25 @@ def vllms():
     return call
 
 
+def sgls():
+    """The SGLang kernel for int8 weights and activations, with scales per output and per token."""
+    from vllm import _custom_ops as ops
+
+    packed, scales = [], []
+    for n, k in SHAPES.values():
+        packed.append(torch.ops._C.convert_weight_packed(torch.randint(-128, 128, (EXPERTS, n, k), dtype=torch.int8)))
+        scales.append(torch.rand(EXPERTS, n) / 50 / k**0.5)
+    unused = [None] * 7  # zeros, block size, biases, limits
+
+    def call(x, weights, ids):
+        out = torch.empty_like(x)
+        kind = ops.CPUQuantMethod.INT8_W8A8
+        ops.fused_experts_cpu(out, x, *packed, weights, ids, kind, *scales, *unused, True)
+        return out
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 64, 512])
@@ -79,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     sides = {f"ours, {kind}": ours(kind) for kind in ("w4a16", "w8a8")}
-    reference, results = vllms(), []
+    reference, int8, results = vllms(), sgls(), []
     print("| tokens | kernel | ms | faster than vLLM |\n|--:|---|--:|--:|")
     for tokens in arguments.tokens:
         x = torch.randn(tokens, HIDDEN).bfloat16()
@@ -91,6 +110,7 @@ def main() -> None:
 
         peers = {name: peer(*side) for name, side in sides.items()}
         peers["vLLM, bf16"] = lambda _, routed=(x, weights, ids): reference(*routed)
+        optional(peers, "SGL, int8", lambda routed=(x, weights, ids): lambda _: int8(*routed))
         found = turns(peers, CALLS.get(tokens, 7))
         for name, ms in found.items():
             print(f"| {tokens} | {name} | {ms:.3f} | {found['vLLM, bf16'] / ms:.2f} |", flush=True)
