@@ -61,7 +61,7 @@ class GcuHostPlatform(CpuPlatform):
         elif (asked.kv_cache_dtype or "").startswith("int8"):
             takes_ours, why = True, "only it reads an int8 cache"
         else:
-            takes_ours, why = cls.prefers_ours(asked.use_mla), f"option attention is {resolve().attention}"
+            takes_ours, why = cls.prefers_ours(asked.use_mla, asked.dtype), f"option attention is {resolve().attention}"
         if ours is ATTENTION and takes_ours and compilation.writes_apart(asked.attn_type):
             ours = (ATTENTION[0], ATTENTION_WRITTEN)
         path = ours[1] if takes_ours else super().get_attn_backend_cls(selected_backend, asked, num_heads)
@@ -69,13 +69,13 @@ class GcuHostPlatform(CpuPlatform):
         return path
 
     @classmethod
-    def prefers_ours(cls, mla: bool) -> bool:
+    def prefers_ours(cls, mla: bool, dtype: torch.dtype) -> bool:
         """Whether a cache that both backends read is served by ours: what option `attention` says. For latent
-        attention vLLM has a kernel that is more than a reference only with AMX."""
+        attention vLLM has a kernel that is more than a reference only with AMX, and that takes bfloat16 alone."""
         said = resolve().attention
         if said != "auto":
             return said == "gcu"
-        return not (mla and torch.cpu._is_amx_tile_supported())
+        return not (mla and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
     @classmethod
     def mla_is_ours(cls, vllm_config) -> bool:
@@ -83,7 +83,7 @@ class GcuHostPlatform(CpuPlatform):
         model, asked = vllm_config.model_config, vllm_config.attention_config.backend
         if model is None or not model.use_mla or model.hf_config.model_type == "deepseek_v4":
             return False
-        return cls.prefers_ours(True) if asked is None else asked.name == versions.register_attention(*MLA)
+        return cls.prefers_ours(True, model.dtype) if asked is None else asked.name == versions.register_attention(*MLA)
 
     @classmethod
     def pre_register_and_update(cls, parser=None) -> None:
