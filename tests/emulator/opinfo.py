@@ -22,6 +22,11 @@ LEFT_OUT = {
 }
 if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"):
     LEFT_OUT["torch._scaled_mm_v2"] = "this torch (2.11) has no CPU kernel of it, though its entry says so"
+# Entries whose gradients are equal only up to the order of a sum, and why.
+OTHER_ORDER = {
+    "linalg.eig": "float32 times complex64: torch lays out the result after promoting on the CPU, before it elsewhere, "
+    "and the matrix product that follows adds in another order for another layout"
+}
 DTYPES = (torch.float32, torch.int64, torch.bool, torch.complex64)
 
 
@@ -77,7 +82,8 @@ def _compare(op, dtype: torch.dtype, samples: int | None) -> int:
         count += 1
     if op.supports_autograd and dtype.is_floating_point:
         for sample in islice(op.sample_inputs("cpu", dtype, requires_grad=True), 1):
-            equal(gradients(op, on_card(sample)), gradients(op, sample))
+            rounded = {"rtol": 1.3e-6, "atol": 1e-5} if op.name in OTHER_ORDER else {}  # torch.testing's, of float32
+            equal(gradients(op, on_card(sample)), gradients(op, sample), **rounded)
     return count
 
 
@@ -128,17 +134,17 @@ def call(function, sample):
     return function(sample.input, *sample.args, **sample.kwargs)
 
 
-def equal(got, expected) -> None:
+def equal(got, expected, rtol: float = 0, atol: float = 0) -> None:
     """Equal values, and every tensor of `got` on the card."""
     if isinstance(expected, torch.Tensor):
         assert got.device.type == "gcu", f"result is on {got.device}"
         assert got.shape == expected.shape
         assert got.stride() == expected.stride(), (got.stride(), expected.stride())
         if expected.layout == torch.strided:
-            assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+            assert_close(got.cpu(), expected, rtol=rtol, atol=atol, equal_nan=True)
     elif isinstance(expected, (list, tuple)):
         assert len(got) == len(expected)
         for one, other in zip(got, expected, strict=True):
-            equal(one, other)
+            equal(one, other, rtol, atol)
     else:
         assert got == expected or (got != got and expected != expected)

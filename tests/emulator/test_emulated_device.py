@@ -100,6 +100,15 @@ def test_resize_and_set():
 
 
 @on_card
+def test_a_result_that_is_left_to_be_conjugated():
+    """`solve` from the right writes X^H, and marks it: the mark is part of what it did to its output."""
+    a, b = torch.randn(2, 4, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    x = torch.linalg.solve(a.to("gcu"), b.to("gcu"), left=False)
+    assert torch.equal(x.cpu(), torch.linalg.solve(a, b, left=False))
+    torch.testing.assert_close((x @ a.to("gcu")).cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@on_card
 def test_random_numbers_follow_the_seed_and_are_each_cards_own():
     torch.manual_seed(3)
     first = torch.randn(5, device="gcu"), torch.randn(5, device="gcu:1"), torch.randn(5)

@@ -45,7 +45,7 @@ class Call {
     return entry.host;
   }
 
-  // What the CPU's kernel did to the arguments themselves: resized, or set to other storage.
+  // What the CPU's kernel did to the arguments themselves: resized, set to other storage, or left to be conjugated.
   void update_arguments() {
     for (auto& [card, host] : pairs_) {
       auto* impl = card.unsafeGetTensorImpl();
@@ -56,6 +56,8 @@ class Call {
       const bool same = host.sizes() == card.sizes() && host.strides() == card.strides() &&
           host.storage_offset() == card.storage_offset();
       if (!same) impl->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
+      if (host.is_conj() != card.is_conj()) card._set_conj(host.is_conj());
+      if (host.is_neg() != card.is_neg()) card._set_neg(host.is_neg());
     }
   }
 
