@@ -132,7 +132,7 @@ def held(pattern, case, fired):
 def test_every_canonical_rule_is_here():
     assert PATTERNS.keys() == {rule.name for rule in RULES}
     mine = {rule.name for rule in (*RULES, *elementwise.RULES)} | {"attention"}
-    elsewhere = {"dequant_gemm", "int8_gemm", "sample_chain", "rms_norm_quant", "silu_mul_quant"}
+    elsewhere = {"dequant_gemm", "int8_gemm", "sample_chain", "rms_norm_quant", "silu_mul_quant", "rope_and_cache"}
     assert {rule.name for rule in all_rules()} - mine == elsewhere
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lowered import calls, lowered, statuses
 
 from gcu_compile.kernels.attention import rope
@@ -69,8 +71,21 @@ def turn(x, cos, sin, rotary, interleaved):
     return torch.cat((turned, rest), -1)
 
 
-def model(rotary=SIZE, interleaved=False, norms=False, v_dim=SIZE, rows=False, eps=(1e-5, 1e-5)):
+# What may stand between the rotation and the write, or beside it: (of the written keys, of the result).
+AROUND = {
+    "nothing": (lambda k: k, lambda k: 0),
+    "clone": (lambda k: k.clone(), lambda k: 0),
+    "views": (lambda k: k.flatten(1).view(k.shape), lambda k: 0),
+    "another user": (lambda k: k, lambda k: k.sum()),
+    "scaled": (lambda k: k * 2, lambda k: 0),
+    "in place": (lambda k: k.clone().mul_(0.5), lambda k: 0),
+    "other dtype": (lambda k: k.double(), lambda k: 0),
+}
+
+
+def model(rotary=SIZE, interleaved=False, norms=False, v_dim=SIZE, rows=False, eps=(1e-5, 1e-5), around="nothing"):
     """An attention layer up to its opaque attention: q and what orders attention after the write."""
+    before, beside = AROUND[around]
 
     def layer(qkv, table, positions, *weights):
         q, k, v = qkv.split([HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * v_dim], -1)
@@ -79,8 +94,8 @@ def model(rotary=SIZE, interleaved=False, norms=False, v_dim=SIZE, rows=False, e
             q, k = (norm(x, weight, e) for x, weight, e in zip((q, k), weights, eps, strict=True))
         cos, sin = (table if rows else table.index_select(0, positions)).chunk(2, -1)
         q, k = (turn(x, cos, sin, rotary, interleaved) for x in (q, k))
-        token = torch.ops.cached.write(k.reshape(len(qkv), KV_HEADS, SIZE), v.view(len(qkv), KV_HEADS, v_dim), "layer")
-        return q.reshape(len(qkv), HEADS * SIZE) + token.sum()
+        k, v = before(k.reshape(len(qkv), KV_HEADS, SIZE)), v.view(len(qkv), KV_HEADS, v_dim)
+        return q.reshape(len(qkv), HEADS * SIZE) + torch.ops.cached.write(k, v, "layer").sum() + beside(k)
 
     return layer
 
@@ -128,6 +143,44 @@ def test_rotation_and_write_are_one_call(kind, tokens, dtype, symbolic):
     expected = fn(*wide)
     scale = max(1.0, float(expected.abs().max())) if tokens else 1.0
     limits = check_limits(dtype, scale)
+    torch.testing.assert_close(actual.double(), expected, **limits)
+    for got, want in zip(made, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, **limits)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.fixed_dictionaries(
+        {
+            "rotary": st.sampled_from([4, 8, SIZE]),
+            "interleaved": st.booleans(),
+            "norms": st.booleans(),
+            "v_dim": st.sampled_from([SIZE, 24]),
+            "rows": st.booleans(),
+        }
+    ),
+    st.sampled_from(list(AROUND)),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_random_graphs_around_it(kind, around, dtype, tokens, symbolic):
+    """The result and the cache are always those of plain torch; where nothing is fused, the reason is given."""
+    layer = model(**kind, around=around)
+    args = inputs(dtype, tokens, kind["rotary"], kind["v_dim"], kind["rows"])
+    made = new_cache(dtype, kind["v_dim"])
+    gm, report = lowered(layer, *args, symbolic=symbolic and tokens > 1, dims=(0,), **ON)
+    (place,) = statuses(report, "rope_and_cache")
+    if around == "nothing" or place[0] == "fused":
+        assert place[0] == "fused" and not calls(gm, torch.ops.cached.write.default)
+    else:
+        assert place[1]
+    actual = gm(*args)
+    exact = new_cache(torch.float64, kind["v_dim"])
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    expected = layer(*wide)
+    # A sum of all keys, where one is added, is as large as it has terms.
+    limits = check_limits(dtype, max(1.0, float(expected.abs().max())))
     torch.testing.assert_close(actual.double(), expected, **limits)
     for got, want in zip(made, exact, strict=True):
         torch.testing.assert_close(got.double(), want, **limits)
