@@ -106,7 +106,9 @@ def main() -> None:
             if name:
                 model, cache = Path(folder) / name, name.endswith("c8")
                 calibration = texts if cache else None
-                report = quantize(arguments.model, model, name.removesuffix("c8"), cache=cache, calibration=calibration)
+                report = quantize(
+                    arguments.model, model, name.removesuffix("c8"), cache=cache, calibration=calibration
+                )
                 error = sum(layer["relative"] for layer in report["layers"]) / len(report["layers"])
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             found = {side: measure(side, model, batches) for side in ("vllm", "transformers")}

@@ -1,6 +1,6 @@
 """Offline batch inference: vLLM, compiled by gcu-compile. Nothing here names the backend; the plugin is found.
 
-python examples/offline_inference.py [MODEL_FOLDER]
+    python examples/offline_inference.py [MODEL_FOLDER]
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Asks a running `vllm serve MODEL` a question and streams the answer.
 
-vllm serve MODEL --port 8000
-python examples/openai_client.py [http://localhost:8000/v1] ["your question"]
+    vllm serve MODEL --port 8000
+    python examples/openai_client.py [http://localhost:8000/v1] ["your question"]
 """
 
 import sys

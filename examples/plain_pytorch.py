@@ -1,6 +1,6 @@
 """A plain PyTorch model, without vLLM and without an import of gcu_compile: the backend is found by its name.
 
-python examples/plain_pytorch.py
+    python examples/plain_pytorch.py
 """
 
 import torch

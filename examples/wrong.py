@@ -1,6 +1,6 @@
 """A model of four layers and a rule with a slip in it: the case that docs/debugging.md tracks down.
 
-gcu-compile bisect examples/wrong.py:case
+    gcu-compile bisect examples/wrong.py:case
 """
 
 import torch

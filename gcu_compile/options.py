@@ -85,8 +85,12 @@ class Options:
         choices=("auto", "gcu", "vllm"),
         changes_code=True,
     )
-    emulate: str = _option("", "Emulate this card in host memory.", choices=("", "gcu300", "gcu400"), changes_code=True)
-    target_profile: str = _option("", "YAML file that overrides facts of the target profile.", changes_code=True)
+    emulate: str = _option(
+        "", "Emulate this card in host memory.", choices=("", "gcu300", "gcu400"), changes_code=True
+    )
+    target_profile: str = _option(
+        "", "YAML file that overrides facts of the target profile.", changes_code=True
+    )
     log_stats: bool = _option(False, "vLLM: log engine statistics (behaviour 1).")
     dump_on_error: bool = _option(False, "vLLM: dump a step's inputs when it fails (behaviour 7).")
     debug_checks: bool = _option(False, "Check block tables and indices at run time (slow).", changes_code=True)

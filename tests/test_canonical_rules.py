@@ -74,7 +74,9 @@ def test_dtype_round_trip_keeps_a_rounding():
 def test_symbolic_sizes_add_no_recompile():
     torch._dynamo.reset()
     backend.reports.clear()
-    fn = torch.compile(lambda x: x.view(x.shape[0], 4).sin(), backend="gcu", dynamic=True, options={"inductor": False})
+    fn = torch.compile(
+        lambda x: x.view(x.shape[0], 4).sin(), backend="gcu", dynamic=True, options={"inductor": False}
+    )
     for rows in (3, 5, 17):
         x = torch.randn(rows, 4)
         assert torch.equal(fn(x), x.sin())

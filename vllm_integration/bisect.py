@@ -31,7 +31,6 @@ def bisect(model: str, prompt_length: int, options: Mapping[str, Any] | None = N
     Args:
         options: as for `torch.compile(backend="gcu")`.
     """
-
     def run(given: dict[str, Any]) -> tuple[list[torch.Tensor], list[MatchRecord]]:
         recording.restart_numbers()
         before = len(backend.reports)

@@ -1,7 +1,7 @@
 """A model compiled for a card that is not here: kernels, what the checker says of each, and predicted times.
 
-result = cross_compile(read_config("model"), "gcu300", lowering=lambda: LoweringPass(options, "gcu300"))
-result["graphs"]["decode"]["totals"]["microseconds"]
+    result = cross_compile(read_config("model"), "gcu300", lowering=lambda: LoweringPass(options, "gcu300"))
+    result["graphs"]["decode"]["totals"]["microseconds"]
 """
 
 from __future__ import annotations
@@ -193,3 +193,5 @@ def why(kernel: dict[str, Any], access: dict[str, Any]) -> str:
     findings = kernel["report"]["findings"]
     said = [f["message"] for f in findings if f["line"] == access["line"] and f["rule"] in access["reasons"]]
     return "; ".join(said) or ", ".join(access["reasons"])
+
+

@@ -95,7 +95,9 @@ class GeneratedGraph:
     externs: tuple[Extern, ...]
 
 
-def generate(gm: torch.fx.GraphModule, inputs: list[Any], lowering: Any = None, stock: bool = False) -> GeneratedGraph:
+def generate(
+    gm: torch.fx.GraphModule, inputs: list[Any], lowering: Any = None, stock: bool = False
+) -> GeneratedGraph:
     """What Inductor makes of a graph.
 
     Args:

@@ -309,7 +309,9 @@ class GcuKernel(Reductions, TritonKernel):
         trees = [tree for tree in self.range_trees if not tree.is_reduction]
         counts = [self.tiles(tree) for tree in trees]
         body = IndentedBuffer()
-        body.writeline(f"for tile in range(tl.program_id(0), {self.text(sympy.prod(counts))}, tl.num_programs(0)):")
+        body.writeline(
+            f"for tile in range(tl.program_id(0), {self.text(sympy.prod(counts))}, tl.num_programs(0)):"
+        )
         with body.indent():
             inner = sympy.S.One
             for tree, count in reversed([*zip(trees, counts, strict=True)]):

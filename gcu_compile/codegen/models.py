@@ -1,8 +1,8 @@
 """A model for cross-compilation: its config alone, through transformers, on FakeTensors. No weights are read or made.
 
-with FakeTensorMode() as mode:
-    model = build(read_config("model-folder"), "bf16")
-    steps = {"prefill": step(model, 1, 2048, 2048), "decode": step(model, 1, 1, 2048)}
+    with FakeTensorMode() as mode:
+        model = build(read_config("model-folder"), "bf16")
+        steps = {"prefill": step(model, 1, 2048, 2048), "decode": step(model, 1, 1, 2048)}
 """
 
 from __future__ import annotations

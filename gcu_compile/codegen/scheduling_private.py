@@ -129,11 +129,8 @@ def folded(hints: list[int], lengths: list[Any], seen: list[Any], most: int) -> 
     row = most
     while row > 256 and size % row:
         row //= 2
-    if (
-        len(hints) > 1
-        or size <= most
-        or size % row
-        or not V.graph.sizevars.statically_known_multiple_of(lengths[0], row)
+    if len(hints) > 1 or size <= most or size % row or not V.graph.sizevars.statically_known_multiple_of(
+        lengths[0], row
     ):
         return hints, lengths, seen
     patterns_ = [
@@ -155,3 +152,5 @@ class GcuWrapper(PythonWrapperCodegen):
         """Imports, with the runtime that guards and streams come from."""
         super().write_header()
         self.header.splice("import gcu_compile.codegen.runtime as gcu_runtime")
+
+

@@ -127,7 +127,9 @@ def reduction(
 
 def _settle(tiled: list[int], innermost: int, sizes: Sequence[int], patterns: Sequence[Pattern]) -> list[int]:
     """Give up dimensions of the tile, outermost first, until every access fits it."""
-    tiled = [d for d in tiled if d == innermost or not any(_crossed(p.strides, d, innermost, sizes) for p in patterns)]
+    tiled = [
+        d for d in tiled if d == innermost or not any(_crossed(p.strides, d, innermost, sizes) for p in patterns)
+    ]
     for dim in list(tiled):
         if dim != innermost and any(dim in p.compared and len(p.compared & set(tiled)) > 1 for p in patterns):
             tiled.remove(dim)

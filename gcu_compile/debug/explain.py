@@ -152,7 +152,9 @@ def explain(fn: Callable, *args: Any, options: Mapping[str, Any] | None = None, 
 
 def _difference(actual: Any, expected: Any) -> float | None:
     pairs = [
-        (a, b) for a, b in zip(_tensors(actual), _tensors(expected), strict=True) if a.numel() and not a.is_complex()
+        (a, b)
+        for a, b in zip(_tensors(actual), _tensors(expected), strict=True)
+        if a.numel() and not a.is_complex()
     ]
     return max(((a.double() - b.double()).abs().max().item() for a, b in pairs), default=None)
 

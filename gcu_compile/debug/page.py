@@ -87,7 +87,9 @@ def _changes(before: list[str], after: list[str]) -> list[list[Any]]:
         None, before[start : len(before) - end], after[start : len(after) - end], autojunk=False
     )
     return [
-        [tag, a + start, b + start, c + start, d + start] for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal"
+        [tag, a + start, b + start, c + start, d + start]
+        for tag, a, b, c, d in matcher.get_opcodes()
+        if tag != "equal"
     ]
 
 

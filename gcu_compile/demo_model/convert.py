@@ -56,7 +56,9 @@ def convert(gguf_file: Path, folder: Path, progress: Progress = lambda done, tot
     """
     fields, tensors = _read(gguf_file)
     if fields.get("general.architecture") != "llama":
-        raise DemoModelError(f"{gguf_file.name}: architecture {fields.get('general.architecture')!r}, expected 'llama'")
+        raise DemoModelError(
+            f"{gguf_file.name}: architecture {fields.get('general.architecture')!r}, expected 'llama'"
+        )
     config = model_config(fields, tied="output.weight" not in tensors)
     weights = _weights(tensors, config, gguf_file.name, progress)
     from safetensors.torch import save_file

@@ -1,8 +1,8 @@
 """The formats of the vendor's release notes, and rounding a weight to the nearest code of one.
 
-w4a16   4-bit weights in groups
-w8a16   8-bit weights, a scale per output
-w8a8    8-bit weights, a scale per output; 8-bit activations, a scale per token as they come
+    w4a16   4-bit weights in groups
+    w8a16   8-bit weights, a scale per output
+    w8a8    8-bit weights, a scale per output; 8-bit activations, a scale per token as they come
 """
 
 from __future__ import annotations

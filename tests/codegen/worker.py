@@ -1,7 +1,7 @@
 """Compiles every case for the card in a process of its own, and reports what was generated.
 
-python worker.py check OUT.json        the checker's verdict on every kernel
-python worker.py run OUT.json          the kernels run by Triton's interpreter, beside eager (TRITON_INTERPRET=1)
+    python worker.py check OUT.json        the checker's verdict on every kernel
+    python worker.py run OUT.json          the kernels run by Triton's interpreter, beside eager (TRITON_INTERPRET=1)
 """
 
 import json

@@ -263,7 +263,7 @@ def test_two_wrong_matches_are_not_blamed_on_one(monkeypatch):
     assert bisect(stack, torch.randn(4, 8 + LAYERS), options={"inductor": False}).kind == "several"
 
 
-CASE = """
+CASE = '''
 import torch
 
 from gcu_compile.lowering import pipeline
@@ -290,7 +290,7 @@ def case():
     object.__setattr__(wrong, "build", build)
     pipeline.all_rules = lambda: (*all_rules(), wrong)
     return (lambda x: x.sin() + 1), (torch.ones(3),)
-"""
+'''
 
 
 def test_script_fails_alone_and_passes_without_the_culprit(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from gcu_compile.debug import dump, page
 from gcu_compile.debug.text import Symbols
 from gcu_compile.lowering import pipeline
 
-CASE = """
+CASE = '''
 import torch
 
 
@@ -48,7 +48,7 @@ def case():
             return model(x)
 
     return fn, (x,)
-"""
+'''
 STAGES = ["input", *(step for step in pipeline.STEPS if step not in pipeline.WHOLE), "inductor"]
 
 

@@ -1,8 +1,8 @@
 """Runs tests on an emulated card, in one process beside pytest's: PyTorch's private device type is filled once.
 
-@on_card                # or on_card("gcu400")
-def test_something():
-    torch.ones(3, device="gcu")
+    @on_card                # or on_card("gcu400")
+    def test_something():
+        torch.ones(3, device="gcu")
 """
 
 from __future__ import annotations

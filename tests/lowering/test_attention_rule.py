@@ -99,12 +99,10 @@ SPELLINGS = {
         {"scale": 0.25},
     ),
     "baddbmm": (
-        lambda q, k, v: (
-            torch.baddbmm(q.new_zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=0.25)
-            .view(*q.shape[:3], -1)
-            .softmax(-1)
-            @ v
-        ),
+        lambda q, k, v: torch.baddbmm(
+            q.new_zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=0.25
+        ).view(*q.shape[:3], -1).softmax(-1)
+        @ v,
         {"scale": 0.25},
     ),
     "scaled operands": (

@@ -150,7 +150,9 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
             scales = convert_to_channelwise(scales, layer.logical_widths)
         name = layers.name_of(layer)
         scales = scales.float().reshape(1, n)
-        linear = formats.prepare(name, "int8", "int8_rows", weight, scales, target=layers.target(weight, 8), inputs=k)
+        linear = formats.prepare(
+            name, "int8", "int8_rows", weight, scales, target=layers.target(weight, 8), inputs=k
+        )
         x_scale, x_zero = getattr(layer, x_name, None), getattr(layer, zero_name, None)
         known = None, None
         if self.config.is_static_input_scheme:

@@ -77,7 +77,9 @@ class InputGroups(RowvLLMParameter):
 
     def _assert_and_load(self, loaded_weight: torch.Tensor) -> None:
         if self.loaded and not torch.equal(self.data, loaded_weight.to(self.data.dtype)):
-            raise CheckpointError(f"{self.layer} (GPTQ): its merged parts have the same inputs, and different g_idx")
+            raise CheckpointError(
+                f"{self.layer} (GPTQ): its merged parts have the same inputs, and different g_idx"
+            )
         super()._assert_and_load(loaded_weight)
         self.loaded = True
 

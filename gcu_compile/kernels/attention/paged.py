@@ -112,22 +112,18 @@ def eager(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale=N
             for x, s, z in ((k_cache, k_scale, k_zero_point), (v_cache, v_scale, v_zero_point))
         )
         keys = length - first * block_size
-        output[begin:end] = (
-            attend(
-                q[begin:end].transpose(0, 1).unsqueeze(0),
-                k[:, :keys].unsqueeze(0),
-                v[:, :keys].unsqueeze(0),
-                torch.arange(end - begin, device=q.device) + offset - first * block_size,
-                scale=scale,
-                causal=causal,
-                window=window,
-                soft_cap=soft_cap,
-                alibi_slopes=alibi_slopes,
-                sinks=sinks,
-            )[0]
-            .transpose(0, 1)
-            .to(q.dtype)
-        )
+        output[begin:end] = attend(
+            q[begin:end].transpose(0, 1).unsqueeze(0),
+            k[:, :keys].unsqueeze(0),
+            v[:, :keys].unsqueeze(0),
+            torch.arange(end - begin, device=q.device) + offset - first * block_size,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        )[0].transpose(0, 1).to(q.dtype)
     return output
 
 

@@ -254,5 +254,7 @@ def _run_triton(qkv, cos_sin, positions, slot_mapping, k_cache, *args, **kwargs)
 HOST = registry.Implementation("host_cpp", ("cpu",), _run_host, _refuses_host)
 TRITON = registry.Implementation("triton", ("cuda", "gcu"), _run_triton, triton.refuses)
 OP = registry.register(
-    registry.FusedOp(NAME, SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_slots, code_steps=1)
+    registry.FusedOp(
+        NAME, SCHEMA, eager, fake, accumulation, (HOST, TRITON), touched.by_slots, code_steps=1
+    )
 )

@@ -125,7 +125,9 @@ ROTATED = Call(
     Call(MUL, Call(aten.cat.default, Anything(), Anything(), name="cat"), Bind("sin")),
 )
 # vLLM and GPT-J: x1 * cos - x2 * sin and x2 * cos + x1 * sin, joined by cat or stack
-TURNED = Call(aten.sub.Tensor, Call(MUL, Bind("one"), Bind("cos")), Call(MUL, Bind("two"), Bind("sin")), name="first")
+TURNED = Call(
+    aten.sub.Tensor, Call(MUL, Bind("one"), Bind("cos")), Call(MUL, Bind("two"), Bind("sin")), name="first"
+)
 
 
 def _rotary(node: Node) -> tuple[str, Node] | Refusal | None:

@@ -1,7 +1,7 @@
 """Launches of Triton kernels on an emulated card: refused where a card would refuse, else run in Triton's interpreter.
 
-check: current device -> 64-bit arguments -> grid and warps -> what the legality checker finds in the kernel's TTIR
-run:   Triton's interpreter, on the host memory that the tensors lie in
+    check: current device -> 64-bit arguments -> grid and warps -> what the legality checker finds in the kernel's TTIR
+    run:   Triton's interpreter, on the host memory that the tensors lie in
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def type_of(value: Any) -> str:
 
 
 @lru_cache(maxsize=4096)
-def first_breach(kernel: Any, signature: tuple, constants: tuple, num_warps: int, num_stages: int) -> Finding | None:
+def first_breach(
+    kernel: Any, signature: tuple, constants: tuple, num_warps: int, num_stages: int
+) -> Finding | None:
     """The worst thing that the checker finds and a card would not survive; None: the kernel is legal."""
     specimen = Specimen(kernel, dict(signature), dict(constants), num_warps=num_warps, num_stages=num_stages)
     report = check_kernel(specimen, emulator.card().profile)

@@ -84,7 +84,9 @@ def test_mla_meaning_is_attention_on_decompressed_keys():
     torch.testing.assert_close(got, expected(batch, q), **tolerance(torch.float64, 64))
     absorbed = torch.cat([torch.einsum("thn,hnr->thr", q[..., :nope], w_uk), q[..., nope:]], -1)
     again = paged.eager(absorbed, a["k_cache"], a["k_cache"][..., :rank], *tables, scale=a["scale"])
-    torch.testing.assert_close(got, torch.einsum("thr,hrv->thv", again, w_uv), **tolerance(torch.float64, 64))
+    torch.testing.assert_close(
+        got, torch.einsum("thr,hrv->thv", again, w_uv), **tolerance(torch.float64, 64)
+    )
 
 
 def test_fakes_have_the_metadata_of_the_meanings():

@@ -147,5 +147,7 @@ def test_experts_are_products_of_their_own(codes):
     for e, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
         if first < last:
             mine = None if x_scales is None else x_scales[first:last]
-            assert torch.equal(y[first:last], host.run(x[first:last], weight[e], scales[e], mine, bias=bias[e], **more))
+            assert torch.equal(
+                y[first:last], host.run(x[first:last], weight[e], scales[e], mine, bias=bias[e], **more)
+            )
     assert not y[: cuts[0]].any() and not y[cuts[-1] :].any()
