@@ -155,13 +155,35 @@ def test_cache_of_any_strides():
         assert torch.equal(again, expected)
 
 
-def test_nan_and_huge_values_are_not_hidden():
-    q, k, v = (torch.randn(1, 2, 5, 32) for _ in range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [5, 80])  # few rows, and tiles of them
+def test_a_nan_is_not_hidden(queries, dtype):
+    q, k, v = (torch.randn(1, 2, queries, 32).to(dtype) for _ in range(3))
     q[0, 1, 2, 3] = torch.nan
     got = torch.ops.gcu.attention(q, k, v, scale=1.0)
     assert got[0, 1, 2].isnan().all() and got.isnan().sum() == 32
+
+
+def test_huge_values_are_not_hidden():
+    k, v = (torch.randn(1, 2, 5, 32) for _ in range(2))
     big = torch.ops.gcu.attention(k * 1e4, k, v, scale=1.0)
     torch.testing.assert_close(big.double(), dense.eager((k * 1e4).double(), k.double(), v.double(), scale=1.0))
+
+
+@pytest.mark.parametrize("size", [1e9, 1e18, 1e30])
+@pytest.mark.parametrize("queries", [1, 4, 96])
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, queries, size, monkeypatch):
+    """Beside the largest score the others are nothing, whichever way they go along the keys."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    v = torch.randn(1, 2, 96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = torch.full((1, 2, queries, 64), size).bfloat16()
+    for order in (1, -1):
+        k = (torch.arange(96) * order / 128).bfloat16()[None, None, :, None].expand(1, 2, 96, 64).contiguous()
+        asked = {"scale": 0.125, "causal": True, "causal_offset": 96 - queries}
+        expected = dense.eager(q.double(), k.double(), v.double(), **asked)
+        got = torch.ops.gcu.attention(q, k, v, **asked)
+        torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, 96))
 
 
 @pytest.mark.parametrize("queries", [1, 4, 150, 700])

@@ -22,7 +22,7 @@ namespace {
 template <int ROWS_AT_MOST>
 class AmxSoftmax {
  public:
-  static constexpr float LAZY = 16;
+  static constexpr float LAZY = 16, MOST = LAZY + 1;
 
   void clear(int rows) {
     std::fill_n(base_, rows, 0.0f), std::fill_n(limit_, rows, -INF);
@@ -50,11 +50,12 @@ class AmxSoftmax {
       top[r] = _mm512_max_ps(x[r * VECTORS], x[r * VECTORS + 1]);
       if (VECTORS == 4) top[r] = _mm512_max_ps(top[r], _mm512_max_ps(x[r * VECTORS + VECTORS - 2], x[r * VECTORS + VECTORS - 1]));
       if (_mm512_cmp_ps_mask(top[r], _mm512_set1_ps(limit_[row + r]), _CMP_GT_OQ)) [[unlikely]]
-        raise(row + r, lift(row + r, std::ceil(_mm512_reduce_max_ps(top[r]) * factor), factor));
+        raise(row + r, lift(row + r, _mm512_reduce_max_ps(top[r]), factor));
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       x[i] = _mm512_fmsub_ps(x[i], f, _mm512_set1_ps(base_[row + i / VECTORS]));
+      x[i] = _mm512_min_ps(_mm512_set1_ps(MOST), x[i]);  // in this order a NaN stays one
       __m512 r = _mm512_reduce_ps(x[i], 1);  // x - floor(x)
       __m512 y = _mm512_fmadd_ps(r, _mm512_set1_ps(0.07706707f), _mm512_set1_ps(0.22764496f));
       y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.69511679f));
@@ -88,9 +89,13 @@ class AmxSoftmax {
   }
 
  private:
-  float lift(int row, float base, float factor) {
+  float lift(int row, float score, float factor) {
+    float base = std::ceil(score * factor), limit = (base + LAZY) / factor;
+    // Neighbours of a huge float are far apart. There the largest score's power is cut off at MOST, as are those that
+    // float32 cannot tell from it, and every larger score raises the base.
+    if (!(std::fabs(base) < 0x1p22f)) base = std::nextafter(score * factor, -INF), limit = score;
     float by = limit_[row] == -INF ? 1.0f : std::exp2(base_[row] - base);
-    base_[row] = base, limit_[row] = (base + LAZY) / factor;
+    base_[row] = base, limit_[row] = limit;
     multiply(sums_[row], 16, by);
     return by;
   }
