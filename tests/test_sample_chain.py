@@ -266,6 +266,7 @@ NOT_RACES = {
     "normal": (lambda x: (nucleus(x, 0.8) / torch.randn_like(x)).argmax(-1), "computed from . values"),
     "uniform": (lambda x: (nucleus(x, 0.8) / torch.rand_like(x)).argmax(-1), "not that of an exponential"),
     "squared": (lambda x: (nucleus(x, 0.8) / exponential(x) ** 2).argmax(-1), "not that of an exponential"),
+    "sorted": (lambda x: (nucleus(x, 0.8) / exponential(x).sort(-1).values).argmax(-1), "not that of an exponential"),
     "per row": (lambda x: (nucleus(x, 0.8) / exponential(x[:, :1])).argmax(-1), "not one number a token"),
     "shared": (lambda x: [(e := exponential(x)), (nucleus(x, 0.8) / e).argmax(-1) + e[:, 0]][1], "used elsewhere"),
 }

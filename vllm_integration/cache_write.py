@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch.library import Library
 from vllm.model_executor.layers.attention.attention import get_attention_context
-from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from gcu_compile.kernels.attention import rope
 from gcu_compile.kernels.attention.softmax import compute_dtype
@@ -23,6 +23,7 @@ from gcu_compile.lowering.rules import rope_and_cache as rule
 from vllm_integration import vllm_private
 
 LIBRARY = Library("gcu_vllm", "FRAGMENT")
+layer_name_of = vllm_private.layer_name_resolver()
 
 
 def rope_and_cache(
@@ -42,7 +43,7 @@ def rope_and_cache(
     Returns:
         q [tokens, heads, head_dim], and an empty tensor by which attention is ordered after the write.
     """
-    name = _resolve_layer_name(layer_name)
+    name = layer_name_of(layer_name)
     _, layer, kv_cache, slots = get_attention_context(name)
     if slots is None or not kv_cache.numel():  # a profiling run: there is no cache yet
         q = rotated(qkv, cos_sin, positions, q_norm, heads, head_dim, interleaved, eps)

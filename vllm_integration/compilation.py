@@ -47,7 +47,7 @@ def take_over(vllm_config: Any, compiler: str) -> None:
     compilation.backend = compiler
     theirs = compilation.splitting_ops is None
     compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
-    if rope_and_cache.RULES[0].is_on(resolve()) and versions.layers_are_inputs() and theirs:
+    if _joins_writes() and theirs:
         compilation.splitting_ops.remove(CACHE_UPDATE)  # a call in a piece, for the rule to join with what precedes it
     # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
     compilation.compile_sizes = compilation.compile_sizes or []
@@ -60,8 +60,13 @@ def writes_apart(attn_type: str) -> bool:
 
     config = get_current_vllm_config().compilation_config
     compiled = config.mode == CompilationMode.VLLM_COMPILE and CACHE_UPDATE not in (config.splitting_ops or ())
-    on = rope_and_cache.RULES[0].is_on(resolve()) and versions.layers_are_inputs()
-    return compiled and on and attn_type == "decoder"
+    return compiled and _joins_writes() and attn_type == "decoder"
+
+
+def _joins_writes() -> bool:
+    """Whether rule `rope_and_cache` is on, and layers can share the code that it makes."""
+    (rule,) = rope_and_cache.RULES
+    return rule.is_on(resolve()) and versions.layers_are_inputs()
 
 
 def rotate_in_plain_torch(compilation: Any) -> None:

@@ -1,4 +1,4 @@
-"""The only module that changes vLLM's own functions. Each change says what it needs that no hook gives.
+"""The only module that changes vLLM's own functions, or takes private ones. Each says what it needs that no hook gives.
 
 `tests/vllm/test_vllm_private.py` fails when an upgrade moves or renames one of these.
 """
@@ -124,6 +124,13 @@ def end_output_threads_at_exit() -> None:
         return __init__
 
     _once(SyncMPClient, "__init__", make)
+
+
+def layer_name_resolver() -> Callable[[Any], str]:
+    """What tells the name of a layer from the argument by which compiled graphs hand it to operations."""
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    return _resolve_layer_name
 
 
 def before_splitting(edit: Callable[[Any], None]) -> None:

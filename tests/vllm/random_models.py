@@ -35,6 +35,26 @@ LATENT = {
     "norm_topk_prob": False,
 }
 
+# Engines that cut prompts into chunks of 24 tokens.
+CHUNKED = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 24,
+    "dtype": "float32",
+    "block_size": 16,
+    "distributed_executor_backend": "uni",  # one process: an engine starts in seconds
+}
+GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
+# What log-probabilities may differ by from transformers': a fp32 cache is exact; int8 rounds.
+LIMITS = {"auto": 1e-4, "int8": 0.25}
+
+
+def far(ours, theirs):
+    """The largest difference of two lists of lists of numbers."""
+    assert [len(a) for a in ours] == [len(b) for b in theirs]
+    return max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+
 
 def prompts():
     source = random.Random(0)

@@ -1,7 +1,7 @@
 """Our attention backend in a running engine: models of each kind of attention say what transformers' eager says."""
 
 import pytest
-from random_models import GQA, LATENT, SIZES, TOKENS, expected, prompts, save
+from random_models import CHUNKED, GQA, GREEDY, LATENT, LIMITS, SIZES, expected, far, prompts, save
 from several import run
 
 pytestmark = pytest.mark.vllm
@@ -16,8 +16,6 @@ MODELS = {
     "norm of q and k": ("Qwen3Config", {**GQA, "head_dim": 32}),
     "latent attention": ("DeepseekV2Config", LATENT),
 }
-# What a reply's log-probabilities may differ by: fp32 caches exactly as transformers; int8 by its rounding.
-LIMITS = {"auto": 1e-4, "int8": 0.25}
 ASKED = [*((name, "auto") for name in MODELS), ("full attention", "int8"), ("sliding window", "int8")]
 
 
@@ -26,19 +24,9 @@ def replies(tmp_path_factory):
     """(model, KV dtype) -> reply. Prompts are cut into chunks of 24 tokens, and their first blocks are shared."""
     folder = tmp_path_factory.mktemp("models")
     models = {name: save(folder / str(i), *what) for i, (name, what) in enumerate(MODELS.items())}
-    llm = {
-        "skip_tokenizer_init": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 24,
-        "dtype": "float32",
-        "block_size": 16,
-        "enforce_eager": True,
-    }
-    sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
-    llm["distributed_executor_backend"] = "uni"  # one process: an engine starts in seconds
+    llm = {**CHUNKED, "enforce_eager": True}
     requests = [
-        {"llm": {**llm, "model": str(models[name]), "kv_cache_dtype": kind}, "prompts": prompts(), "sampling": sampling}
+        {"llm": {**llm, "model": str(models[name]), "kv_cache_dtype": kind}, "prompts": prompts(), "sampling": GREEDY}
         for name, kind in ASKED
     ]
     found = run(folder / "run", requests, VLLM_ENABLE_V1_MULTIPROCESSING="0", GCU_COMPILE_ATTENTION="gcu")
@@ -53,8 +41,7 @@ def test_greedy_tokens_equal_transformers(replies, model):
 
 @pytest.mark.parametrize(("model", "kind"), ASKED)
 def test_log_probabilities_equal_transformers(replies, model, kind):
-    pairs = zip(replies[model, kind]["logprobs"], replies[model]["logprobs"], strict=True)
-    assert max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) < LIMITS[kind]
+    assert far(replies[model, kind]["logprobs"], replies[model]["logprobs"]) < LIMITS[kind]
 
 
 @pytest.mark.parametrize(("model", "kind"), ASKED)

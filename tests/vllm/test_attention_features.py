@@ -15,7 +15,7 @@ from other_models import (
     save_whisper,
     whisper_says,
 )
-from random_models import GQA, LATENT, TOKENS, declare_int8_cache, expected, prompts, save
+from random_models import GQA, LATENT, TOKENS, declare_int8_cache, expected, far, prompts, save
 from several import run
 
 pytestmark = pytest.mark.vllm
@@ -31,12 +31,6 @@ LLM = {
 SAMPLING = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "GCU_COMPILE_ATTENTION": "gcu"}
-
-
-def far(ours, theirs):
-    """The largest difference of two lists of lists of numbers."""
-    assert [len(a) for a in ours] == [len(b) for b in theirs]
-    return max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def ran(reply, *ops):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from random_models import GQA, SIZES, TOKENS, expected, prompts, save
+from random_models import CHUNKED, GQA, GREEDY, LIMITS, SIZES, expected, far, prompts, save
 from several import run
 from tiny import save_llama
 
@@ -27,7 +27,6 @@ MODELS = {
 # What the rule leaves: the write stays an operation of its own. vLLM 0.32 serves GPT-NeoX and GLM through the models
 # of transformers, which spell the rotation in another way.
 LEFT = {"norm of all heads together", "partial, bias", "partial, interleaved"}
-LIMITS = {"auto": 1e-4, "int8": 0.25}
 ASKED = [("norm of q and k", "auto"), ("norm of all heads together", "auto"), ("llama", "int8")]
 LONG = [(name, "auto") for name in MODELS if (name, "auto") not in ASKED]  # each is an engine that compiles
 ON = {"GCU_COMPILE_ENABLE_RULES": "rope_and_cache", "GCU_COMPILE_ATTENTION": "gcu"}
@@ -44,18 +43,12 @@ def replies(tmp_path_factory, asked):
     """(model, KV dtype) -> reply. Prompts are cut into chunks of 24 tokens, and their first blocks are shared."""
     folder = tmp_path_factory.mktemp("models")
     models = {name: save(folder / str(i), *MODELS[name]) for i, name in enumerate({name: 0 for name, _ in asked})}
-    llm = {
-        "skip_tokenizer_init": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 24,
-        "dtype": "float32",
-        "block_size": 16,
-        "distributed_executor_backend": "uni",
-    }
-    sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
     requests = [
-        {"llm": {**llm, "model": str(models[name]), "kv_cache_dtype": kind}, "prompts": prompts(), "sampling": sampling}
+        {
+            "llm": {**CHUNKED, "model": str(models[name]), "kv_cache_dtype": kind},
+            "prompts": prompts(),
+            "sampling": GREEDY,
+        }
         for name, kind in asked
     ]
     found = run(folder / "run", requests, 1800, VLLM_ENABLE_V1_MULTIPROCESSING="0", **ON)
@@ -66,8 +59,7 @@ def replies(tmp_path_factory, asked):
 def test_replies_equal_transformers(replies, model, kind):
     if kind == "auto":
         assert replies[model, kind]["tokens"] == replies[model]["tokens"]
-    pairs = zip(replies[model, kind]["logprobs"], replies[model]["logprobs"], strict=True)
-    assert max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) < LIMITS[kind]
+    assert far(replies[model, kind]["logprobs"], replies[model]["logprobs"]) < LIMITS[kind]
 
 
 def test_one_call_rotates_and_writes(replies, asked):
