@@ -6,8 +6,7 @@ import torch
 from gcu_compile.kernels.host import build, weighted_sum
 from gcu_compile.kernels.tolerance import tolerance
 
-ISAS = ("portable", "avx2", "avx512", "amx")
-HERE = ISAS[: ISAS.index(build.host_isa()) + 1]
+HERE = build.available()
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -28,12 +28,16 @@ static_assert(sizeof(Config) == 64);
 inline void load(const Config& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
 inline void release() { asm volatile("tilerelease"); }
 
-// Eight tiles of 16 rows x 64 bytes for as long as it lives, in the thread that made it.
+// Loads of tiles do not tell the compiler which memory they read: this does, between stores and loads of what they stored.
+inline void fence() { asm volatile("" : : : "memory"); }
+
+// Eight tiles of 64 bytes a row for as long as it lives, in the thread that made it. 0..3 hold sums and 4, 5 what is
+// multiplied, of `rows` rows; 6 and 7 hold what it is multiplied with, of 16.
 class Tiles {
  public:
-  Tiles() {
+  explicit Tiles(int rows = 16) {
     Config config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = uint8_t(i < 6 ? rows : 16);
     load(config);
   }
   ~Tiles() { release(); }

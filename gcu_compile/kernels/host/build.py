@@ -28,12 +28,12 @@ FLAGS = (
     *("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"),
     *("-fno-trapping-math", "-fno-math-errno"),
 )
-# Option host_isa -> what the compiler is told (psABI levels of x86-64).
+# Option host_isa, each including those before it -> what the compiler is told (psABI levels of x86-64).
 ISA_FLAGS = {
-    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "avx2": ("-march=x86-64-v3",),
     "portable": (),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 # What decides which library is loaded.
 VARIABLES = watched("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")
@@ -46,16 +46,21 @@ def host_isa() -> str:
     Raises:
         KernelBuildError: one was asked for that this CPU lacks.
     """
+    here, asked = available(), resolve().host_isa
+    if asked == "auto":
+        return here[-1]
+    if asked not in here:
+        raise KernelBuildError(f"host_isa {asked!r} is not available on this CPU; the best here is {here[-1]!r}")
+    return asked
+
+
+def available() -> tuple[str, ...]:
+    """The instruction sets that kernels can be built for and run on here, from `portable` up."""
     best = BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "portable")
     if best == "avx512" and _has_amx():
         best = "amx"
-    asked = resolve().host_isa
-    if asked == "auto":
-        return best
-    order = ("portable", "avx2", "avx512", "amx")
-    if order.index(asked) > order.index(best):
-        raise KernelBuildError(f"host_isa {asked!r} is not available on this CPU; the best here is {best!r}")
-    return asked
+    every = tuple(ISA_FLAGS)
+    return every[: every.index(best) + 1]
 
 
 @functools.cache

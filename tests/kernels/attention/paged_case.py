@@ -6,9 +6,7 @@ import torch
 
 from gcu_compile.kernels.host import build
 
-# Instruction sets that kernels can be built for and run on here.
-ORDER = ("portable", "avx2", "avx512", "amx")
-ISAS = [isa for isa in ORDER if ORDER.index(isa) <= ORDER.index(build.host_isa())]
+ISAS = build.available()
 
 
 @dataclass

@@ -14,8 +14,7 @@ from gcu_compile.kernels.host import dequant_gemm as host
 
 NATIVE = ("host_int4", "host_int8")
 TENSORS = ("weight", "scales", "zeros", "g_idx", "bias")
-ISAS = ("portable", "avx2", "avx512", "amx")
-HERE = ISAS[: ISAS.index(build.host_isa()) + 1]
+HERE = build.available()
 # (inputs, groups): whole words, parts of words, odd, one group of everything, more than one block of the kernel.
 SIZES = [(64, 1), (64, 2), (128, 4), (96, 3), (30, 5), (17, 1), (7, 7), (576, 9), (1, 1), (1200, 1), (2048, 16)]
 DTYPES = st.sampled_from(FLOATS)

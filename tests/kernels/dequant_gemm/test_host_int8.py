@@ -11,8 +11,7 @@ from gcu_compile.kernels.dequant_gemm import eager, layouts
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import int8_gemm as host
 
-ISAS = ("portable", "avx2", "avx512", "amx")
-HERE = [isa for isa in ISAS if ISAS.index(isa) <= ISAS.index(build.host_isa())]
+HERE = build.available()
 
 
 def arguments(m=5, n=70, k=64, dtype=torch.int8, static=False, zeros=False, x_zeros=False, bias=False, seed=0):

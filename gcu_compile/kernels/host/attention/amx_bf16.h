@@ -19,9 +19,6 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
-// GCC 12's tile loads do not say that they read memory: nothing may be moved across them.
-[[gnu::always_inline]] inline void fence() { asm volatile("" : : : "memory"); }
-
 struct AmxBF16 : BF16 {
   static constexpr bool BY_TILES = true;
   static constexpr int FEW = 16;
@@ -110,7 +107,7 @@ struct AmxBF16 : BF16 {
     int call = 0;
     auto next = [&]() __attribute__((always_inline)) { between(call++, calls); };
     a += 2 * b.step.begin;
-    fence();
+    amx::fence();
     for (int64_t j = b.column.begin; j < b.column.end; j += 32, c += 32) {
       const int64_t width = std::min<int64_t>(32, b.columns - j);
       const uint16_t* at = b.at + 2 * (b.steps * j + b.step.begin * width);
@@ -119,7 +116,7 @@ struct AmxBF16 : BF16 {
       else if (width == 32) tiles<1, 2>(a, lda, at, steps, c, ldc, add, next);
       else tiles<1, 1>(a, lda, at, steps, c, ldc, add, next);
     }
-    fence();
+    amx::fence();
   }
 
   // M by N tiles of C.

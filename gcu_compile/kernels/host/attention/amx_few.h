@@ -37,7 +37,7 @@ inline void copy_keys(const Source& from, int key, int64_t d, uint16_t* to) {
 
 // Scores of 16 keys and 16 rows, stored at `to`.
 [[gnu::always_inline]] inline void key_tile(const char* keys, int64_t stride, const uint16_t* turned, int64_t d, float* to) {
-  fence();
+  amx::fence();
   _tile_zero(0);
   for (int64_t c = 0; c < d; c += 32, keys += 64) {
     _tile_loadd(4, keys, stride);
@@ -45,7 +45,7 @@ inline void copy_keys(const Source& from, int key, int64_t d, uint16_t* to) {
     _tile_dpbf16ps(0, 4, 6);
   }
   _tile_stored(0, to, 64);
-  fence();
+  amx::fence();
 }
 
 // Scores of 16 keys [16 keys, 16 rows] -> 16 rows, TILE_KEYS apart.

@@ -15,8 +15,7 @@ namespace amx {
 
 constexpr int LINE = 64, TILE_BYTES = 16 * LINE, COLUMNS = 4;  // COLUMNS: tiles of the 64 outputs of a weight tile
 
-// The instructions, for tiles whose numbers the compiler knows. Like those of immintrin.h, the loads do not tell it
-// which memory they read: `fence` does, between stores of its own and loads of what they stored.
+// The instructions, for tiles whose numbers the compiler knows.
 template <int T>
 inline void load(const void* p, int64_t stride = LINE) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "n"(T));
@@ -27,22 +26,9 @@ inline void store(void* p, int64_t stride) {
 }
 template <int T>
 inline void zero() { asm volatile("tilezero %%tmm%c0" : : "n"(T)); }
-inline void fence() { asm volatile("" : : : "memory"); }
 
 template <int C, int A, int B>
 inline void dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(C), "n"(A), "n"(B)); }
-
-// Tiles 0..3 are sums, 4 and 5 rows of x (both of `rows` rows), 6 and 7 weights, for as long as it lives.
-class ProductTiles {
- public:
-  explicit ProductTiles(int rows) {
-    Config config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = LINE, config.rows[i] = uint8_t(i < 6 ? rows : 16);
-    amx::load(config);
-  }
-  ~ProductTiles() { release(); }
-  ProductTiles(const ProductTiles&) = delete;
-};
 
 // Rows of a tile such that `rows` fill their tiles: a product takes as long as its tiles have rows.
 inline int tile_rows(int64_t rows) {

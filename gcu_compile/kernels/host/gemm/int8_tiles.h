@@ -98,7 +98,7 @@ class TileProduct : public Int8Product {
     int64_t count = words_ % WORDS * TILE;
     std::copy_n(weights(tile) + words_ * TILE - count, count, rest);
     std::fill(rest + count, rest + WORDS * TILE, 0);
-    asm volatile("" : : : "memory");  // loads of tiles do not tell the compiler what they read
+    amx::fence();
   }
 
   // Two tiles of rows and two of outputs, or one and four: sums (+)= x w. `last`: the weights of the last step.

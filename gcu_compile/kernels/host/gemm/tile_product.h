@@ -57,7 +57,7 @@ class TileProduct : public Layer<BITS> {
   }
 
   void work(int64_t task, int64_t end) const override {
-    amx::ProductTiles tiles(height_);
+    amx::Tiles tiles(height_);
     Scratch s(std::min<int64_t>(WIDE, Base::tiles()) * std::min(MOST_ROWS + 16, row_tiles_ * height_) * TILE);
     Unpacking(*this, {task % Base::tiles(), 0}, {}, s.unpacked[0]).rest();
     while (task < end) {
