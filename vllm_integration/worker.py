@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.options import resolve
 from vllm_integration import cores, vllm_private
 from vllm_integration.behaviours import log
@@ -22,6 +23,7 @@ class GcuHostWorker(CPUWorker):
         cores.bind(self.vllm_config)
         super().init_device()
         options = resolve()
+        load_ahead("sample", *(("attention", "rope") if options.attention != "vllm" else ()))  # while Python traces
         if self.model_config.is_multimodal_model and options.attention != "vllm":
             from vllm_integration.attention import encode
 

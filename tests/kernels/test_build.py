@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import gcu_compile.kernels.sampling  # noqa: F401  (defines the operation)
+from gcu_compile import cxx
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.host import build
@@ -90,6 +92,30 @@ def test_two_processes_at_once(tmp_path):
     pair = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in pair] == [b"True", b"True"]
     assert len(libraries(tmp_path)) == 1
+
+
+def test_what_is_built_ahead_is_waited_for_and_built_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    (tmp_path / "broken.cpp").write_text("int main( {")
+    begun, go, built = threading.Event(), threading.Event(), []
+
+    def compile_library(compiler, flags, source, library):
+        built.append(source.stem)
+        begun.set()
+        assert go.wait(60)
+        cxx.compile_library(compiler, flags, source, library)
+
+    monkeypatch.setattr(build, "_compile", compile_library)
+    ahead = build.load_ahead("answer", "broken")
+    assert begun.wait(60)
+    threading.Timer(0.2, go.set).start()
+    assert build.load("answer").answer() == 42 and go.is_set()
+    ahead.join()
+    assert built == ["answer", "broken"]
+    with pytest.raises(KernelBuildError, match="broken.cpp failed"):
+        build.load("broken")
 
 
 def test_a_changed_header_is_another_library(tmp_path, monkeypatch):

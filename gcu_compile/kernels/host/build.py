@@ -6,12 +6,14 @@ portable build runs everywhere and gives the same results.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import hashlib
 import logging
 import platform
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ ISA_FLAGS = {
 }
 # What decides which library is loaded.
 VARIABLES = watched("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")
+_in_turn: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)  # for each library
 BY_CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
@@ -85,10 +88,29 @@ def load(name: str) -> ctypes.CDLL:
     return _load_for(name, VARIABLES())
 
 
+def load_ahead(*names: str) -> threading.Thread:
+    """`load`s in a thread of their own, beside other work; one of these names that is needed sooner is waited for.
+
+    An error is left to the `load` that needs the library: it meets the same one, and tells it.
+    """
+
+    def run() -> None:
+        for name in names:
+            try:
+                load(name)
+            except (KernelBuildError, OSError) as error:
+                log.debug("%s is not built ahead: %s", name, error)
+
+    thread = threading.Thread(target=run, name="gcu_compile-kernels")
+    thread.start()
+    return thread
+
+
 @functools.cache
 def _load_for(name: str, environ: tuple) -> ctypes.CDLL:
     """Reading the options costs more than a small kernel runs: it is done once per environment."""
-    return _load(name, host_isa(), str(resolve().effective_cache_dir()))
+    with _in_turn[name]:
+        return _load(name, host_isa(), str(resolve().effective_cache_dir()))
 
 
 @functools.cache
