@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../amx.h"
+#include "amx_digits.h"
 #include "amx_softmax.h"
 #include "bf16.h"
 #include "matmul.h"
@@ -27,6 +28,7 @@ struct AmxBF16 : BF16 {
   static constexpr int STEPS = 16, STRIP = 32;            // of panels: whole tiles, two side by side
   using Thread = amx::Tiles;
   using Softmax = AmxSoftmax<TILE_ROWS>;
+  using Digits = ::Digits;
 
   static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
     auto pack = dtype == I8T ? BF16::pack_k<true, STEPS, STRIP> : BF16::pack_k<false, STEPS, STRIP>;
@@ -40,11 +42,11 @@ struct AmxBF16 : BF16 {
     pack(values, n, dim, panel);
   }
 
-  // A strip's step of 32 columns of two rows.
+  // A strip's step of 32 columns of two rows, the second half `half` behind the first.
   template <bool ORDERED>
-  [[gnu::always_inline]] static void put(__m512i x, __m512i y, uint16_t* to) {
+  [[gnu::always_inline]] static void put(__m512i x, __m512i y, uint16_t* to, int64_t half) {
     _mm512_storeu_si512(to, ORDERED ? _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y) : _mm512_unpacklo_epi16(x, y));
-    _mm512_storeu_si512(to + 32, ORDERED ? _mm512_permutex2var_epi16(x, _mm512_load_si512(SECOND_WORDS), y) : _mm512_unpackhi_epi16(x, y));
+    _mm512_storeu_si512(to + half, ORDERED ? _mm512_permutex2var_epi16(x, _mm512_load_si512(SECOND_WORDS), y) : _mm512_unpackhi_epi16(x, y));
   }
 
   // 16 numbers of two rows of integers side by side, as bf16.
@@ -73,12 +75,12 @@ struct AmxBF16 : BF16 {
       }
       for (; d < whole; d += 32, to += 64 * steps) {
         __m512i x = in0 ? pairs<BYTES>(a, d, ~0u) : zero, y = in1 ? pairs<BYTES>(b, d, ~0u) : zero;
-        put<BYTES>(x, y, to);
+        put<BYTES>(x, y, to, 32);
       }
       if (d == dim) continue;
       __m512i x = in0 ? pairs<BYTES>(a, d, first(dim - d)) : zero, y = in1 ? pairs<BYTES>(b, d, first(dim - d)) : zero;
       if (dim - d > 16) {
-        put<BYTES>(x, y, to);
+        put<BYTES>(x, y, to, 32);
       } else {  // a strip of 16 columns, in their own order
         _mm512_storeu_si512(panel + 2 * (steps * d + 16 * s), _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y));
       }
@@ -152,10 +154,10 @@ struct AmxBF16 : BF16 {
     if (M == 2 && N == 2) _tile_stored(3, c2 + 16, ldc * 4);
   }
 
-  static void halves_together(uint16_t* x, int64_t d);
+  static void weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Ahead ahead);
 
   // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 16 keys.
-  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s);
+  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Ahead ahead);
 };
 
 #pragma GCC pop_options

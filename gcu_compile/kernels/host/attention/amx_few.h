@@ -1,9 +1,11 @@
 // Few rows (decode) by tiles: keys are the rows of A as they lie, queries the columns of B, so that keys are not packed.
 //
 //   scores^T [16 keys, 16 rows] = K [16 keys, dim] Q^T, transposed by exchanges
-//   sums [16 rows, size] += P [16 rows, keys] V, V's rows in pairs (pack_v)
+//   sums [16 rows, size] += P [16 rows, keys] V, V's rows in pairs
 //
-// Keys that do not lie at even distances, integers, and sizes that are no multiple of 32 are copied as bf16 first.
+// Keys that do not lie at even distances, and those of a size that is no multiple of 32, are copied first. V is packed in
+// groups of 32 keys and 64 columns, which stay in L1. Rows of the next block are prefetched, for blocks lie in no order
+// that the CPU's own prefetcher would see. An int8 cache is amx_digits.h's.
 #pragma once
 
 namespace {
@@ -11,28 +13,9 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
-// Of 32 numbers, 0 to 15 and 16 to 31 in turns: the order in which integers are copied, for it costs no exchange.
-void AmxBF16::halves_together(uint16_t* x, int64_t d) {
-  for (int64_t at = 0; at < d; at += 32) {
-    __m512i both = _mm512_loadu_si512(x + at), high = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(both, 1));
-    _mm512_storeu_si512(x + at, _mm512_permutex2var_epi16(both, _mm512_load_si512(FIRST_WORDS), high));
-  }
-}
-
-template <bool BYTES>
 inline void copy_keys(const Source& from, int key, int64_t d, uint16_t* to) {
   for (int i = key; i < std::min(key + 16, from.n); ++i, to += d)
-    for (int64_t at = 0; at < d; at += 32) {
-      const Row& row = from.keys[i];
-      if (!BYTES) {
-        _mm512_storeu_si512(to + at, BF16::pairs<BYTES>(row, at, BF16::first(from.dim - at)));
-        continue;
-      }
-      // Behind the end queries are 0, and a byte is finite whatever it is, so that masks only keep the reads in the row.
-      __m256i bytes = _mm256_maskz_loadu_epi8(BF16::first(from.dim - at), row.at + at);
-      const __m512i zero = _mm512_set1_epi32(row.zero);
-      _mm512_storeu_si512(to + at, AmxBF16::side_by_side(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1), zero, zero));
-    }
+    for (int64_t at = 0; at < d; at += 32) _mm512_storeu_si512(to + at, BF16::pairs<false>(from.keys[i], at, BF16::first(from.dim - at)));
 }
 
 // Scores of 16 keys and 16 rows, stored at `to`.
@@ -78,7 +61,73 @@ inline void turn_four(const float (&from)[16][16], float* to) {
   }
 }
 
-void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s) {
+// Of 32 keys and 64 columns from d on, tiles of 16 columns: keys 2s and 2s + 1 side by side, columns in the order that
+// `settle` undoes, but for a last strip of 16.
+[[gnu::always_inline]] inline void pack_group(const Row* values, int n, int64_t dim, int64_t d, uint16_t* to) {
+  if (n >= 32 && d + 64 <= dim) {
+#pragma GCC unroll 2
+    for (int s = 0; s < 16; ++s, to += 32) {
+      const char *a = values[2 * s].at + 2 * d, *b = values[2 * s + 1].at + 2 * d;
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        AmxBF16::put<false>(_mm512_loadu_si512(a + 64 * half), _mm512_loadu_si512(b + 64 * half), to + 1024 * half, 512);
+    }
+    return;
+  }
+  for (int s = 0; s < 16; ++s, to += 32)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = d + 32 * half;
+      auto row = [&](int key) { return key < n && at < dim ? BF16::pairs<false>(values[key], at, BF16::first(dim - at)) : _mm512_setzero_si512(); };
+      auto put = dim - at <= 16 ? AmxBF16::put<true> : AmxBF16::put<false>;
+      put(row(2 * s), row(2 * s + 1), to + 1024 * half, 512);
+    }
+}
+
+// 64 columns from d on, of which `strips` strips of 16 are there.
+inline void weighed_columns(const uint16_t* p, const Row* values, int n, int64_t dim, int64_t d, int strips, uint16_t* packed, float* c,
+                            int64_t ldc, bool add, Ahead ahead) {
+  amx::fence();
+  if (add) {
+    _tile_loadd(0, c, ldc * 4);
+    if (strips > 1) _tile_loadd(1, c + 16, ldc * 4);
+    if (strips > 2) _tile_loadd(2, c + 32, ldc * 4);
+    if (strips > 3) _tile_loadd(3, c + 48, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  pack_group(values, n, dim, d, packed);
+  for (int key = 0; key < n; key += 32) {  // a group is packed while the one before is multiplied
+    const uint16_t* b = packed + key / 32 % 2 * 2048;
+    if (key + 32 < n) pack_group(values + key + 32, n - key - 32, dim, d, packed + (key / 32 + 1) % 2 * 2048);
+    ahead.fetch<FAR>(key + (d ? 16 : 0), key + (d ? 32 : 16));
+    amx::fence();
+    _tile_loadd(4, p + key, TILE_KEYS * 2);
+    _tile_loadd(5, b, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (strips > 1) _tile_loadd(6, b + 512, 64);
+    if (strips > 1) _tile_dpbf16ps(1, 4, 6);
+    if (strips > 2) _tile_loadd(5, b + 1024, 64);
+    if (strips > 2) _tile_dpbf16ps(2, 4, 5);
+    if (strips > 3) _tile_loadd(6, b + 1536, 64);
+    if (strips > 3) _tile_dpbf16ps(3, 4, 6);
+    amx::fence();
+  }
+  _tile_stored(0, c, ldc * 4);
+  if (strips > 1) _tile_stored(1, c + 16, ldc * 4);
+  if (strips > 2) _tile_stored(2, c + 32, ldc * 4);
+  if (strips > 3) _tile_stored(3, c + 48, ldc * 4);
+  amx::fence();
+}
+
+void AmxBF16::weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Ahead ahead) {
+  for (int64_t d = 0; d < ldo; d += 64)
+    weighed_columns(p, values, n, dim, d, int(std::min<int64_t>(64, ldo - d) / 16), packed, o + d, ldo, add, ahead);
+}
+
+void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Ahead ahead) {
   alignas(64) float result[4][16][16];
   for (int key = 0; key < from.n; key += 64) {
     const int tiles = (std::min(64, from.n - key) + 15) / 16;
@@ -87,9 +136,10 @@ void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64
       const char* at = from.keys[first].at;
       int64_t stride = from.stride;
       if (!from.even || last >= from.n || from.keys[last].at - at != 15 * stride) {
-        from.bytes ? copy_keys<true>(from, first, d, copy) : copy_keys<false>(from, first, d, copy);
+        copy_keys(from, first, d, copy);
         at = reinterpret_cast<const char*>(copy), stride = 2 * d;
       }
+      ahead.fetch<FAR>(first, first + 16);
       key_tile(at, stride, turned, d, result[i][0]);
     }
     for (int i = 0; i < tiles; ++i) rows <= 4 ? turn_four(result[i], s + key + 16 * i) : turn(result[i], s + key + 16 * i);

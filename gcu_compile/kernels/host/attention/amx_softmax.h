@@ -35,10 +35,10 @@ class AmxSoftmax {
 
   // For ROWS rows from `row` on, `s_step` and `p_step` apart, and VECTORS vectors of scores each: raises bases where scores
   // times `factor` ask for it, and calls raise(row, by) then, with the factor for what was summed. Then
-  // p = bf16(2^(s factor - base) v_factor). The power's relative error is below 9e-5, against 2e-3 of the rounding.
+  // p = 2^(s factor - base) v_factor, as float32 or rounded to bf16. The power's relative error is below 9e-5, against 2e-3 of the rounding.
   // Two rows at once hide each other's latencies.
-  template <int ROWS, int VECTORS, class Raise>
-  [[gnu::always_inline]] void weigh(int row, const float* s, int64_t s_step, uint16_t* p, int64_t p_step, float factor,
+  template <int ROWS, int VECTORS, class W, class Raise>
+  [[gnu::always_inline]] void weigh(int row, const float* s, int64_t s_step, W* p, int64_t p_step, float factor,
                                     const float* v_factor, Raise&& raise) {
     constexpr int N = ROWS * VECTORS;
     __m512 x[N], top[ROWS];
@@ -72,8 +72,7 @@ class AmxSoftmax {
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) x[i] = _mm512_mul_ps(x[i], _mm512_loadu_ps(v_factor + 16 * (i % VECTORS)));
 #pragma GCC unroll 4
-    for (int i = 0; i < N; i += 2)
-      _mm512_storeu_si512(p + i / VECTORS * p_step + 16 * (i % VECTORS), (__m512i)_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
+    for (int i = 0; i < N; i += 2) put(x[i], x[i + 1], p + i / VECTORS * p_step + 16 * (i % VECTORS));
   }
 
   // n numbers, a multiple of 16, times a power of two.
@@ -89,6 +88,9 @@ class AmxSoftmax {
   }
 
  private:
+  static void put(__m512 low, __m512 high, uint16_t* to) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+  static void put(__m512 low, __m512 high, float* to) { _mm512_storeu_ps(to, low), _mm512_storeu_ps(to + 16, high); }
+
   float lift(int row, float score, float factor) {
     float base = std::ceil(score * factor), limit = (base + LAZY) / factor;
     // Neighbours of a huge float are far apart. There the largest score's power is cut off at MOST, as are those that

@@ -35,6 +35,7 @@ struct BF16 {
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
   struct Softmax {};
+  struct Digits {};
   static constexpr const uint16_t *ODD_WORDS = WORDS[0].at, *FIRST_WORDS = WORDS[1].at, *SECOND_WORDS = WORDS[2].at;
 
   static void convert(const float* from, uint16_t* to, int64_t n) {

@@ -22,6 +22,7 @@ struct F32 {
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
   struct Softmax {};
+  struct Digits {};
 
   static void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * 4); }
   static void copy(const Row& row, int dtype, int64_t n, float* to) {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <utility>
 
+#include "keys.h"
 #include "matmul.h"
 #include "partials.h"
 #include "plan.h"
@@ -43,23 +44,26 @@ class Tile {
     start_ = paged_ ? in_.query_start_loc[item.sequence] : 0;
     int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
     offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
+    ldo_ = digits() ? rounded(in_.v_dim, 64) : dv_;
     load_queries();
     prepare();
     std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
+    if (digits()) std::fill_n(o_, rows_ * ldo_, 0.0f), started_[0] = true;
     int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
-    locate(item.first_key, step);
+    next_->locate(in_, item, size_, item.first_key, step);
     for (int64_t key = item.first_key; key < item.last_key; key += step) {
       std::swap(now_, next_);
-      locate(key + step, step);
+      next_->locate(in_, item, size_, key + step, step);
       if (P::FEW && rows_ <= P::FEW) few(key);
       else many(key);
     }
     for (int row = 0; row < rows_; row += P::BLOCK)
-      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * dv_, std::min(P::BLOCK, rows_ - row) * dv_, 0.0f);
+      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
     if constexpr (P::BY_TILES)
       for (int row = 0; row < rows_; ++row) {
         maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        if (in_.cache_dtype == BF16T) P::settle(o_ + row * dv_, dv_);
+        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
+        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
       }
     if (item.partial >= 0) keep();
     else finish_all();
@@ -161,22 +165,35 @@ class Tile {
     const float* alpha = started_[0] ? alpha_ : nullptr;
     started_[0] = true;
     if constexpr (P::BY_TILES) {
-      int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len;
-      bool even = in_.cache_dtype == BF16T && in_.head_dim == d_ && block_size >= 16;
-      Source source{at.k, at.n, in_.cache_dtype == I8T, even, in_.head_dim, stride};
-      P::scores(turned(), rows_, source, d_, k_, s_);
-      int64_t end = rounded(at.n, 32);
-      for (int row = 0; row < rows_; ++row)
-        for (int64_t from = 0; from < end; from += 64)
-          weigh(row, s_ + row * TILE_KEYS, p_ + row * TILE_KEYS, key, from, std::min(from + 64, end));
-      P::pack_v(at.v, at.n, in_.cache_dtype, in_.v_dim, v_);
-      P::products(p_, TILE_KEYS, {v_, end / 2, dv_, {0, end / 2}, {0, dv_}}, o_, dv_, rows_, alpha, [](int, int) {});
+      const int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
+      const Ahead k_ahead{next_->k, next_->n, in_.head_dim * size_}, v_ahead{next_->v, next_->n, in_.v_dim * size_};
+      const bool even = in_.head_dim % (64 / size_) == 0 && block_size >= 16;
+      const Source source{at.k, at.n, even, in_.head_dim, stride};
+      auto weigh_rows = [&](auto* p) {
+        for (int row = 0; row < rows_; ++row)
+          for (int64_t from = 0; from < end; from += 64)
+            weigh(row, s_ + row * TILE_KEYS, p + row * TILE_KEYS, key, from, std::min(from + 64, end));
+      };
+      if (digits()) {
+        digits_.scores(reinterpret_cast<int8_t*>(turned()), rows_, source, in_.k_zero ? at.k_zero : nullptr,
+                       reinterpret_cast<char*>(k_), s_, k_ahead);
+        weigh_rows(s_);
+        for (int row = 0; row < rows_ && end < TILE_KEYS_DECODE; ++row) std::fill(s_ + row * TILE_KEYS + end, s_ + row * TILE_KEYS + TILE_KEYS_DECODE, 0.0f);
+        digits_.weights(s_, rows_, in_.v_zero ? at.v_zero : nullptr, reinterpret_cast<int8_t*>(p_));
+        digits_.weigh(reinterpret_cast<int8_t*>(p_), rows_, at.v, at.n, in_.v_dim, reinterpret_cast<char*>(v_), o_, ldo_, v_ahead);
+      } else {
+        P::scores(turned(), rows_, source, d_, k_, s_, k_ahead);
+        weigh_rows(p_);
+        P::weigh(p_, at.v, at.n, in_.v_dim, v_, o_, dv_, alpha, v_ahead);
+      }
     } else if constexpr (P::FEW > 0) {
       P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
       P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, {next_->k, next_->n, in_.head_dim * size_});
     }
   }
+
+  bool digits() const { return P::BY_TILES && in_.cache_dtype == I8T && rows_ <= P::FEW; }
 
   A* turned() { return q_ + P::FEW * d_; }
 
@@ -190,8 +207,7 @@ class Tile {
     }
     if constexpr (P::BY_TILES) {
       if (rows_ > P::FEW) return;
-      if (in_.cache_dtype == I8T)
-        for (int row = 0; row < rows_; ++row) P::halves_together(q_ + row * d_, d_);
+      if (digits()) return digits_.load(q_, rows_, d_, reinterpret_cast<int8_t*>(turned()));
       Row rows[P::FEW];
       for (int i = 0; i < P::FEW; ++i) rows[i] = {reinterpret_cast<const char*>(q_ + i * d_), 0};
       P::pack_k(rows, P::FEW, BF16T, d_, turned());
@@ -206,48 +222,7 @@ class Tile {
     plain_ = P::BY_TILES && scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
     factor_ = (plain_ ? scale_ : 1.0f) * 1.44269504f;
     if constexpr (P::BY_TILES) softmax_.clear(rows_);
-  }
-
-  // A tile of keys: where they and their values lie, and the scales of their own.
-  struct Keys {
-    int n;
-    Row k[TILE_KEYS], v[TILE_KEYS];
-    alignas(64) float k_factor[TILE_KEYS], v_factor[TILE_KEYS];
-  };
-
-  // next_ = up to `step` keys of the item from `key` on, block by block.
-  void locate(int64_t key, int step) {
-    Keys& to = *next_;
-    to.n = int(std::clamp<int64_t>(item_.last_key - key, 0, step));
-    int64_t head = item_.kv_head, block_size = paged_ ? in_.block_size : in_.kv_len;
-    const char *k = static_cast<const char*>(in_.k) + head * in_.k_at.head * size_;
-    const char *v = static_cast<const char*>(in_.v) + head * in_.v_at.head * size_;
-    const bool of_their_own = in_.k_scale_kind == 3 || in_.v_scale_kind == 3;
-    for (int i = 0; i < to.n;) {
-      int64_t j = key + i, slot = j % block_size, block = item_.sequence;
-      if (paged_) block = in_.block_table[item_.sequence * in_.table_stride + j / block_size];
-      const char *k_block = k + block * in_.k_at.outer * size_, *v_block = v + block * in_.v_at.outer * size_;
-      auto at = [&](const Strides& s) { return block * s.outer + head * s.head + slot * s.token; };
-      auto zero = [&](const int32_t* z, int64_t kind, const Strides& s) {
-        return !z ? 0 : kind == 1 ? z[0] : kind == 2 ? z[head] : z[at(s)];
-      };
-      int stop = int(std::min<int64_t>(to.n, i + block_size - slot));
-      if (!of_their_own) {
-        const char *k_row = k_block + slot * in_.k_at.token * size_, *v_row = v_block + slot * in_.v_at.token * size_;
-        const int32_t k_zero = in_.k_zero ? in_.k_zero[in_.k_scale_kind == 2 ? head : 0] : 0;
-        const int32_t v_zero = in_.v_zero ? in_.v_zero[in_.v_scale_kind == 2 ? head : 0] : 0;
-        for (; i < stop; ++i, k_row += in_.k_at.token * size_, v_row += in_.v_at.token * size_)
-          to.k[i] = {k_row, k_zero}, to.v[i] = {v_row, v_zero};
-        continue;
-      }
-      for (; i < stop; ++i, ++slot) {
-        to.k[i] = {k_block + slot * in_.k_at.token * size_, zero(in_.k_zero, in_.k_scale_kind, in_.k_scale_at)};
-        to.v[i] = {v_block + slot * in_.v_at.token * size_, zero(in_.v_zero, in_.v_scale_kind, in_.v_scale_at)};
-        if (in_.k_scale_kind == 3) to.k_factor[i] = in_.k_scale[at(in_.k_scale_at)];
-        if (in_.v_scale_kind == 3) to.v_factor[i] = in_.v_scale[at(in_.v_scale_at)];
-      }
-    }
-    for (int i = to.n; i < int(rounded(to.n, 32)); ++i) to.k_factor[i] = to.v_factor[i] = 0;
+    for (Keys& keys : keys_) keys.prepare(in_, item_);
   }
 
   // Scores of a row, number i of its block, and [from, to) of the tile's keys -> weights in p_, and what the sums so far
@@ -273,7 +248,8 @@ class Tile {
   }
 
   // The same for 32 or 64 keys; sums and earlier weights of the tile are multiplied at once where they must be.
-  void weigh(int row, float* s, A* p, int64_t key, int64_t from, int64_t to) {
+  template <class W>
+  void weigh(int row, float* s, W* p, int64_t key, int64_t from, int64_t to) {
     if constexpr (P::BY_TILES) {
       masked(row, s, key, from, to);
       const float* v_factor = in_.v_scale_kind == 3 ? now_->v_factor + from : nullptr;
@@ -284,8 +260,9 @@ class Tile {
   }
 
   // Multiplies the sums of a row, and its weights in front of `from`.
-  [[gnu::noinline]] void raise(int row, A* p, int64_t from, float by) {
-    if (started_[row / P::BLOCK]) P::Softmax::multiply(o_ + row * dv_, dv_, by);
+  template <class W>
+  [[gnu::noinline]] void raise(int row, W* p, int64_t from, float by) {
+    if (started_[row / P::BLOCK]) P::Softmax::multiply(o_ + row * ldo_, ldo_, by);
     P::Softmax::multiply(p, from, by);
   }
 
@@ -334,13 +311,13 @@ class Tile {
   }
 
   void finish_all() {
-    for (int row = 0; row < rows_; ++row) finish(in_, item_, row, o_ + row * dv_, maximum_[row], weight_[row]);
+    for (int row = 0; row < rows_; ++row) finish(in_, item_, row, o_ + row * ldo_, maximum_[row], weight_[row]);
   }
 
   void keep() {
     for (int row = 0; row < rows_; ++row) {
       int64_t at = item_.partial + row;
-      std::memcpy(&partials_.sums[at * dv_], o_ + row * dv_, dv_ * 4);
+      std::memcpy(&partials_.sums[at * dv_], o_ + row * ldo_, dv_ * 4);
       partials_.maxima[at] = maximum_[row], partials_.weights[at] = weight_[row];
     }
   }
@@ -348,7 +325,7 @@ class Tile {
   const Arguments& in_;
   Partials& partials_;
   Item item_;
-  int64_t d_, dv_, start_, offset_, size_;  // size_: bytes of one number of the cache
+  int64_t d_, dv_, ldo_, start_, offset_, size_;  // ldo_: from row to row of sums; size_: bytes of one number of the cache
   int rows_;
   float scale_, factor_;  // of products; of scores, for powers of two
   bool paged_, plain_;  // plain_: scores are products, times scale_
@@ -356,6 +333,7 @@ class Tile {
   A *q_, *k_, *v_, *p_;
   float *s_, *o_;
   [[no_unique_address]] typename P::Softmax softmax_;
+  [[no_unique_address]] typename P::Digits digits_;
   Keys keys_[2], *now_ = &keys_[0], *next_ = &keys_[1];
   float maximum_[P::TILE_ROWS], weight_[P::TILE_ROWS], alpha_[P::TILE_ROWS];
   bool started_[P::TILE_ROWS / P::BLOCK];  // blocks whose sums have begun

@@ -1,0 +1,250 @@
+// Few rows (decode) of an int8 cache by tiles of int8, so that neither keys nor values are converted. The other operand
+// is made of digits to base 256, of a number's fixed-point form n, each a signed byte: n = 256^2 a + 256 b + c.
+//
+//   scores^T [16 keys, 3 digits of 4 rows] = K [16 keys, dim] Q^T    Q: three digits, relative to a row's largest number
+//   sums [2 digits of 8 rows, size] = P [.., 64 keys] V              P: two, relative to the largest of 128 weights
+//
+// Sums of digits are exact. Numbers of a query down to 2^-14 of its largest are, too, and smaller ones are off by 2^-22 of
+// that; a weight is off by 2^-16 of the largest of its 128, whereas bfloat16 would be by 2^-9 of itself.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../amx.h"
+#include "rows.h"
+
+namespace {
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
+
+struct Digits {
+  static constexpr int KEYS = TILE_KEYS_DECODE, CHUNK = 64;  // bytes of a row of a tile
+  static constexpr int OF_Q = 3, ROWS = 4;                   // rows whose digits share a tile
+  static constexpr int WEIGHED = 8;
+
+  // Queries [rows, d] as tiles of 64 numbers: a step of four numbers, 16 columns (first digits of four rows, second ...).
+  void load(const uint16_t* q, int rows, int64_t d, int8_t* panel) {
+    chunks_ = (d + CHUNK - 1) / CHUNK;
+    std::memset(panel, 0, (rows + ROWS - 1) / ROWS * chunks_ * 1024);
+    for (int row = 0; row < rows; ++row, q += d) {
+      int32_t most = 0;  // bits without the sign; a NaN's are the largest
+      for (int64_t i = 0; i < d; ++i) most = std::max(most, q[i] & 0x7FFF);
+      const float largest = to_float(uint16_t(most));
+      const int exponent = largest > 0x1p-100f && largest < INF ? std::ilogb(largest) : -100;
+      const __m512 scale = _mm512_set1_ps(std::ldexp(1.0f, 21 - exponent));
+      const __m512i half = _mm512_set1_epi32(128);
+      __m512 sum = _mm512_setzero_ps();
+      int8_t* to = panel + row / ROWS * chunks_ * 1024 + 4 * (row % ROWS);
+      for (int64_t i = 0; i < d; i += 16, to += 4 * 64) {
+        __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i)));
+        __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), scale));
+        __m512i b = _mm512_srai_epi32(_mm512_add_epi32(n, half), 8), a = _mm512_srai_epi32(_mm512_add_epi32(b, half), 8);
+        sum = _mm512_add_ps(sum, _mm512_cvtepi32_ps(n));
+        alignas(16) int8_t digits[OF_Q][16];
+        _mm_store_si128(reinterpret_cast<__m128i*>(digits[0]), _mm512_cvtepi32_epi8(a));
+        _mm_store_si128(reinterpret_cast<__m128i*>(digits[1]), _mm512_cvtepi32_epi8(b));
+        _mm_store_si128(reinterpret_cast<__m128i*>(digits[2]), _mm512_cvtepi32_epi8(n));
+        for (int digit = 0; digit < OF_Q; ++digit)
+          for (int step = 0; step < 4; ++step) std::memcpy(to + step * 64 + 16 * digit, digits[digit] + 4 * step, 4);
+      }
+      unit_[row] = largest < INF ? std::ldexp(1.0f, exponent - 21) : NAN;
+      of_one_[row] = _mm512_reduce_add_ps(sum) * unit_[row];
+    }
+  }
+
+  // Scores of `from`'s keys, rows TILE_KEYS apart. zeros: zero points of the keys, or null.
+  void scores(const int8_t* panel, int rows, const Source& from, const float* zeros, char* copy, float* s, Ahead ahead) const {
+    alignas(64) int32_t sums[4][16][16];
+    for (int key = 0; key < from.n; key += 64) {
+      const int tiles = (std::min(64, from.n - key) + 15) / 16;
+      const char* at[4];
+      int64_t stride[4];
+      for (int i = 0; i < tiles; ++i) {
+        const int first = key + 16 * i, last = first + 15;
+        ahead.fetch<FAR>(first, last + 1);
+        at[i] = from.keys[first].at, stride[i] = from.stride;
+        if (from.even && last < from.n && from.keys[last].at - at[i] == 15 * from.stride) continue;
+        at[i] = copy + i * 16 * CHUNK * chunks_, stride[i] = CHUNK * chunks_;
+        for (int k = first; k < std::min(last + 1, from.n); ++k)
+          for (int64_t c = 0; c < chunks_; ++c)
+            _mm512_storeu_si512(copy + (k - key) * stride[i] + c * CHUNK, bytes(from.keys[k].at + c * CHUNK, from.dim - c * CHUNK));
+      }
+      for (int row = 0; row < rows; row += ROWS) {
+        const int8_t* q = panel + row / ROWS * chunks_ * 1024;
+        amx::fence();
+        for (int i = 0; i < tiles; ++i) {
+          _tile_zero(0);
+          for (int64_t c = 0; c < chunks_; ++c) {
+            _tile_loadd(4, at[i] + c * CHUNK, stride[i]);
+            _tile_loadd(6, q + c * 1024, 64);
+            _tile_dpbssd(0, 4, 6);
+          }
+          _tile_stored(0, sums[i], 64);
+        }
+        amx::fence();
+        for (int i = 0; i < tiles; ++i)
+          together(sums[i], row, zeros ? zeros + key + 16 * i : nullptr, s + row * TILE_KEYS + key + 16 * i);
+      }
+    }
+  }
+
+  // Weights of 128 keys, rows TILE_KEYS apart, as tiles of digits: first digits of eight rows, second ones.
+  void weights(const float* w, int rows, const float* zeros, int8_t* p) {
+    for (int row = 0; row < rows; ++row, w += TILE_KEYS) {
+      __m512i most = _mm512_setzero_si512();
+      __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+      for (int i = 0; i < KEYS; i += 16) most = _mm512_max_epu32(most, _mm512_slli_epi32(_mm512_loadu_si512(w + i), 1));
+      if (zeros)
+        for (int i = 0; i < KEYS; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(w + i), _mm512_loadu_ps(zeros + i), sum);
+      // A NaN's bits are larger than those of a number.
+      float largest = std::bit_cast<float>(_mm512_reduce_max_epu32(most) >> 1);
+      if (largest < 1e-33f) largest = 1e-33f;
+      weight_unit_[row] = largest / 32512, of_zeros_[row] = zeros ? _mm512_reduce_add_ps(sum) : 0;
+      const __m512 scale = _mm512_set1_ps(32512 / largest);
+      int8_t* to = p + row / WEIGHED * 2048 + row % WEIGHED * 64;
+#pragma GCC unroll 8
+      for (int i = 0; i < KEYS; i += 16, to += i == 64 ? 1024 - 48 : 16) {
+        __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + i), scale));
+        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + WEIGHED * 64), _mm512_cvtepi32_epi8(n));
+      }
+    }
+  }
+
+  // o [rows, dim] += the weights' digits times the values; columns in an order that `settle` undoes.
+  void weigh(const int8_t* p, int rows, const Row* values, int n, int64_t dim, char* packed, float* o, int64_t ldo, Ahead ahead) const {
+    alignas(64) int32_t sums[4][16][16];
+    for (int64_t d = 0; d < dim; d += CHUNK, o += CHUNK) {
+      pack(values, n, d, dim - d, packed);
+      if (d == 0) ahead.fetch<FAR>(0, 128);
+      for (int row = 0; row < rows; row += WEIGHED) {
+        const int8_t* at = p + row / WEIGHED * 2048;
+        const bool both = n > 64;
+        amx::fence();
+        _tile_loadd(4, at, 64);
+        _tile_zero(0);
+        _tile_loadd(6, packed, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_zero(1);
+        _tile_loadd(7, packed + 1024, 64);
+        _tile_dpbssd(1, 4, 7);
+        _tile_zero(2);
+        _tile_loadd(6, packed + 2048, 64);
+        _tile_dpbssd(2, 4, 6);
+        _tile_zero(3);
+        _tile_loadd(7, packed + 3072, 64);
+        _tile_dpbssd(3, 4, 7);
+        if (both) {
+          _tile_loadd(5, at + 1024, 64);
+          _tile_loadd(6, packed + 4096, 64);
+          _tile_dpbssd(0, 5, 6);
+          _tile_loadd(7, packed + 5120, 64);
+          _tile_dpbssd(1, 5, 7);
+          _tile_loadd(6, packed + 6144, 64);
+          _tile_dpbssd(2, 5, 6);
+          _tile_loadd(7, packed + 7168, 64);
+          _tile_dpbssd(3, 5, 7);
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+        amx::fence();
+        for (int r = row; r < std::min(row + WEIGHED, rows); ++r)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            float* to = o + r * ldo + 16 * j;
+            __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums[j][r - row]));
+            __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[j][r - row + WEIGHED]));
+            __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256), low);
+            __m512 before = _mm512_sub_ps(_mm512_loadu_ps(to), _mm512_set1_ps(of_zeros_[r]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(weight_unit_[r]), before));
+          }
+      }
+    }
+  }
+
+  // Sums of a row of n columns in the order of the columns: of 64, quarter i of vector j is the columns from 16 i + 4 j on.
+  static void settle(float* o, int64_t n) {
+    for (; n > 0; n -= CHUNK, o += CHUNK) {
+      __m512 a = _mm512_loadu_ps(o), b = _mm512_loadu_ps(o + 16), c = _mm512_loadu_ps(o + 32), d = _mm512_loadu_ps(o + 48);
+      __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+      __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xEE), cd2 = _mm512_shuffle_f32x4(c, d, 0xEE);
+      _mm512_storeu_ps(o, _mm512_shuffle_f32x4(ab, cd, 0x88));
+      _mm512_storeu_ps(o + 16, _mm512_shuffle_f32x4(ab, cd, 0xDD));
+      _mm512_storeu_ps(o + 32, _mm512_shuffle_f32x4(ab2, cd2, 0x88));
+      _mm512_storeu_ps(o + 48, _mm512_shuffle_f32x4(ab2, cd2, 0xDD));
+    }
+  }
+
+ private:
+  // 64 bytes of which `left` are there, the others 0.
+  [[gnu::always_inline]] static __m512i bytes(const char* at, int64_t left) {
+    if (left >= 64) return _mm512_loadu_si512(at);
+    return _mm512_maskz_loadu_epi8((1ull << left) - 1, at);
+  }
+
+  // Sums of 16 keys and the digits of four rows -> scores of four rows; keys 4 l + j in quarter l of vector j.
+  [[gnu::always_inline]] void together(const int32_t (&sums)[16][16], int row, const float* zeros, float* to) const {
+    __m512 x[4], a[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      __m512 digit[OF_Q];
+#pragma GCC unroll 3
+      for (int i = 0; i < OF_Q; ++i) {
+        auto four = [&](int key) { return _mm_load_si128(reinterpret_cast<const __m128i*>(sums[key] + 4 * i)); };
+        __m512i y = _mm512_broadcast_i32x4(four(j));
+        y = _mm512_mask_broadcast_i32x4(y, 0x00F0, four(4 + j));
+        y = _mm512_mask_broadcast_i32x4(y, 0x0F00, four(8 + j));
+        digit[i] = _mm512_cvtepi32_ps(_mm512_mask_broadcast_i32x4(y, 0xF000, four(12 + j)));
+      }
+      x[j] = _mm512_fmadd_ps(digit[0], _mm512_set1_ps(65536), _mm512_fmadd_ps(digit[1], _mm512_set1_ps(256), digit[2]));
+    }
+    for (int j = 0; j < 2; ++j) {
+      a[2 * j] = _mm512_unpacklo_ps(x[2 * j], x[2 * j + 1]);
+      a[2 * j + 1] = _mm512_unpackhi_ps(x[2 * j], x[2 * j + 1]);
+    }
+    const __m512 z = zeros ? _mm512_loadu_ps(zeros) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      __m512d low = _mm512_castps_pd(a[r / 2]), high = _mm512_castps_pd(a[2 + r / 2]);
+      __m512 sum = _mm512_castpd_ps(r % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+      __m512 minus = _mm512_mul_ps(z, _mm512_set1_ps(of_one_[row + r]));
+      _mm512_storeu_ps(to + r * TILE_KEYS, _mm512_fmsub_ps(sum, _mm512_set1_ps(unit_[row + r]), minus));
+    }
+  }
+
+  // 64 columns from d on of up to 128 keys, as tiles of 64 keys and 16 columns: four keys' numbers side by side. Behind
+  // the last key are numbers of any key, for weights are 0 there.
+  static void pack(const Row* values, int n, int64_t d, int64_t left, char* to) {
+    for (int key = 0; key < int(rounded(n, 64)); key += 64, to += 3072)
+#pragma GCC unroll 2
+      for (int k = key; k < key + 64; k += 4, to += 64) {
+        auto row = [&](int i) __attribute__((always_inline)) { return bytes(values[std::min(k + i, n - 1)].at + d, left); };
+        __m512i a = row(0), b = row(1), c = row(2), e = row(3);
+        __m512i ab = _mm512_unpacklo_epi8(a, b), ce = _mm512_unpacklo_epi8(c, e);
+        __m512i ab2 = _mm512_unpackhi_epi8(a, b), ce2 = _mm512_unpackhi_epi8(c, e);
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab, ce));
+        _mm512_storeu_si512(to + 1024, _mm512_unpackhi_epi16(ab, ce));
+        _mm512_storeu_si512(to + 2048, _mm512_unpacklo_epi16(ab2, ce2));
+        _mm512_storeu_si512(to + 3072, _mm512_unpackhi_epi16(ab2, ce2));
+      }
+  }
+
+  int64_t chunks_;
+  float unit_[16] = {}, of_one_[16] = {};  // of a row's queries: a unit of n, and their sum
+  float weight_unit_[16], of_zeros_[16];   // of a row's weights, and their sum times the values' zero points
+};
+
+#pragma GCC pop_options
+
+}  // namespace
