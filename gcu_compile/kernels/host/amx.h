@@ -26,9 +26,6 @@ struct alignas(64) Config {
 static_assert(sizeof(Config) == 64);
 
 inline void load(const Config& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
-// GCC 12's tile loads do not say that they read memory: nothing may be moved across them.
-[[gnu::always_inline]] inline void fence() { asm volatile("" : : : "memory"); }
-
 inline void release() { asm volatile("tilerelease"); }
 
 // Loads of tiles do not tell the compiler which memory they read: this does, between stores and loads of what they stored.
