@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "peaked", "flat", "equal", "tied", "masked", "one", "nan", "infinite", "zeros"]
 VOCABULARIES = [2, 3, 17, 97, 1000, 4096, 4099, 8191, 20011]
 LARGE = [49152, 151936, 262144]
-ISAS = ["portable", "avx2", "avx512"]
+ISAS = ["portable", "avx2", "avx512", "amx"]
 
 
 def logits(kind, rows, vocab, dtype, seed):

@@ -31,11 +31,12 @@ FLAGS = (
     *("-fno-trapping-math", "-fno-math-errno"),
 )
 # Option host_isa, each including those before it -> what the compiler is told (psABI levels of x86-64).
+# No CPU has AMX without VBMI2.
 ISA_FLAGS = {
     "portable": (),
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512vbmi2"),
 }
 # What decides which library is loaded.
 VARIABLES = watched("GCU_COMPILE_HOST_ISA", "GCU_COMPILE_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "CXX")

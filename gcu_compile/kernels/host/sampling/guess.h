@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "logits.h"
+#include "stream.h"
 #include "weights.h"
 
 struct Interval {
@@ -28,8 +29,31 @@ struct Groups {
     maxima.resize(blocks * GROUPS), others.resize(blocks * GROUPS), sizes.resize(blocks);
   }
 
-  // Reads block b, n values at z; returns its maximum.
-  float take(int64_t b, const float* z, int n) {
+  // Reads block b, n values; returns its maximum, NaN aside. `weights`, or null: puts its quick sum at `mass`.
+#ifdef __AVX512F__
+  template <Dtype DTYPE>
+  float take(int64_t b, Stream<DTYPE> stream, int n, const Weights* weights, double& mass) {
+    __m512 m0 = _mm512_set1_ps(-INF), m1 = m0;
+    auto both = [&](int i) __attribute__((always_inline)) {
+      Both v = stream.both(i);
+      m0 = _mm512_max_ps(v.first, m0), m1 = _mm512_max_ps(v.second, m1);  // of NaN and a number, the second operand
+      return v;
+    };
+    if (weights) mass = weights->quick_sum32(both, n, -FLT_MAX);
+    else for (int i = 0; i < n; i += GROUPS) both(i);
+    float* m = maxima.data() + b * GROUPS;
+    _mm512_storeu_ps(m, m0), _mm512_storeu_ps(m + 16, m1);
+    int place = int(b * 37 % (n / GROUPS)) * GROUPS;
+    float* other = others.data() + b * GROUPS;
+    Both v = stream.both(place);
+    _mm512_storeu_ps(other, _mm512_max_ps(v.first, _mm512_set1_ps(-INF)));
+    _mm512_storeu_ps(other + 16, _mm512_max_ps(v.second, _mm512_set1_ps(-INF)));
+    sizes[b] = float(n / GROUPS);
+    return _mm512_reduce_max_ps(_mm512_max_ps(m0, m1));
+  }
+#else
+  float take(int64_t b, const float* z, int n, const Weights* weights, double& mass) {
+    if (weights) mass = weights->quick_sum(z, n, -FLT_MAX);
     alignas(64) float m[GROUPS];
     std::copy(z, z + GROUPS, m);
     typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
@@ -45,14 +69,17 @@ struct Groups {
     sizes[b] = float(n / GROUPS);
     return *std::max_element(m, m + GROUPS);
   }
+#endif
 };
 
 class Guess {
  public:
   static constexpr int BINS = 256;
+  static constexpr int FEW = 512;
 
   // By mass where `weights` are given, else by count. `max` is finite.
-  Guess(const Groups& groups, float max, const Weights* weights, float floor) : max_(max) {
+  Guess(const Groups& groups, float max, const Weights* weights, float floor)
+      : max_(max), by_mass_(weights) {
     float least = std::min(max, least_of(groups.maxima, floor));
     if (weights) {
       least = std::min(least, least_of(groups.others, floor));
@@ -84,14 +111,19 @@ class Guess {
   // From a value of [low, high) on the mass, or count, within comes to `goal`. `whole` is that of [low, high), to which
   // what was sampled is scaled; negative: not known.
   Interval part(double goal, double whole, int32_t low, int32_t high, int64_t room) const {
-    int first = bin_of(float_of(high - 1)), last = bin_of(float_of(low)), at = first;
+    int first = bin_of(float_of(high - 1)), at = first;
+    int last = std::max(first, bin_of(std::min(float_of(low) + 0.02f / scale_, max_)));  // not one that is hardly within
     double known = 0, sampled = 0;
     for (int i = first; i <= last; ++i) known += bins_[i][KNOWN], sampled += bins_[i][SAMPLED];
     double scale = whole >= 0 && sampled > 0 ? std::max(0.0, whole - known) / sampled : 1;
+    double share = std::clamp(goal / std::max(known + scale * sampled, DBL_MIN), 0.0, 1.0);
     double sum = 0, above = 0, below = 0;
+    bool from_below = whole >= 0 && share >= 0.5;
+    // Then the rest, whole - goal, is what to look for: its tokens weigh little each, so that a sample of them tells more
+    // than one of the others, whose sum hangs on a few.
+    if (from_below) goal = known + sampled - (whole - goal), scale = share = 1;
     for (; at < last && sum + mass(at, scale) < goal; ++at) sum += mass(at, scale), above += bins_[at][SQUARE];
     for (int i = at; i <= last; ++i) below += bins_[i][SQUARE];
-    double share = std::clamp(goal / std::max(known + scale * sampled, DBL_MIN), 0.0, 1.0);
     double spread = 2.5 * scale * std::sqrt((1 - share) * (1 - share) * above + share * share * below);
     return around(goal, spread, scale, first, last, low, high, room);
   }
@@ -121,12 +153,12 @@ class Guess {
     for (int i = 0; i < 2 * GROUPS; ++i) at[i] = int32_t(std::min((max - z[i]) * scale, float(BINS - 1)));
     if (weights) weights->each(z, 2 * GROUPS, w);
     else std::fill(w, w + 2 * GROUPS, 1.0);
+    double s = size;
     for (int i = 0; i < GROUPS; ++i) {
-      if (z[i] != -INF) bins_[at[i]] += Bin{w[i], 0, 0, 1};
+      if (z[i] != -INF) bins_[at[i]] += w[i] * Bin{1, 0, 0, 0} + Bin{0, 0, 0, 1};
     }
     for (int i = GROUPS; i < 2 * GROUPS; ++i) {
-      double mass = w[i] * size;
-      if (z[i] != -INF && mass > 0) bins_[at[i]] += Bin{0, mass, mass * mass, size};
+      if (z[i] != -INF) bins_[at[i]] += w[i] * (w[i] * Bin{0, 0, s * s, 0} + Bin{0, s, 0, 0}) + Bin{0, 0, 0, s};
     }
   }
   int bin_of(float z) const { return z <= max_ ? int(std::min((max_ - z) * scale_, float(BINS - 1))) : 0; }
@@ -146,7 +178,9 @@ class Guess {
       sum += mass(end, scale), inside += bins_[end][COUNT];
     }
     inside += bins_[end][COUNT];
-    if (above + inside <= double(room)) return {end == last ? low : edge(end), high};  // the whole set has room
+    // The whole set, if it has room; of masses, if it costs no more to weigh and search than what a part would leave.
+    double whole = by_mass_ ? std::min<double>(room, FEW) : double(room);
+    if (above + inside <= whole) return {end == last ? low : edge(end), high};
     while (inside > double(room) && end > begin) {  // too wide: take the ends off in turn
       if ((end - begin) % 2) inside -= bins_[end--][COUNT];
       else inside -= bins_[begin++][COUNT];
@@ -155,5 +189,6 @@ class Guess {
   }
 
   float max_, scale_ = 1;
+  bool by_mass_;
   Bin bins_[BINS] = {};
 };

@@ -39,6 +39,17 @@ class Logits {
     return padded;
   }
 
+  // Block b where it lies, if it is whole and nothing adjusts it; else null.
+  const void* plain(int64_t b) const {
+    if (in_.forbidden || (b + 1) * BLOCK > in_.vocab) return nullptr;
+    if (in_.bias_offsets && names(in_.bias_offsets, in_.bias_ids, b)) return nullptr;
+    if (in_.history_offsets && names(in_.history_offsets, in_.history_ids, b)) return nullptr;
+    int64_t at = row_ * in_.stride + b * BLOCK;
+    return static_cast<const char*>(in_.logits) + at * (in_.dtype == F32 ? 4 : 2);
+  }
+  bool adjusted() const { return in_.forbidden || in_.bias_offsets || in_.history_offsets; }
+  Dtype dtype() const { return Dtype(in_.dtype); }
+
  private:
   void convert(int64_t at, int n, float* z) const {
     int i = 0;
@@ -98,6 +109,13 @@ class Logits {
 
   int64_t first(const int64_t* offsets, const int32_t* ids, int64_t begin) const {
     return std::lower_bound(ids + offsets[row_], ids + offsets[row_ + 1], begin) - ids;
+  }
+
+  // Whether the row's list has a token of block b; a long one is not searched.
+  bool names(const int64_t* offsets, const int32_t* ids, int64_t b) const {
+    if (offsets[row_ + 1] - offsets[row_] > blocks()) return true;
+    int64_t j = first(offsets, ids, b * BLOCK);
+    return j < offsets[row_ + 1] && ids[j] < (b + 1) * BLOCK;
   }
 
   const Arguments& in_;

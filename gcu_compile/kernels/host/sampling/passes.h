@@ -15,38 +15,53 @@ class Passes {
 
  protected:
   template <class Body>
-  void each_block(Body body) {
+  void each_index(Body body) {
     if (threads_ == 1) {
-      for (int64_t b = 0; b < blocks_; ++b) body(b, own_.block, logits_.load(b, own_.block), own_);
+      for (int64_t b = 0; b < blocks_; ++b) body(b, own_);
       return;
     }
 #pragma omp parallel num_threads(threads_)
     {
       int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-      Scratch& scratch = *pool_[t];
-      for (int64_t b = blocks_ * t / of; b < blocks_ * (t + 1) / of; ++b) {
-        body(b, scratch.block, logits_.load(b, scratch.block), scratch);
-      }
+      for (int64_t b = blocks_ * t / of; b < blocks_ * (t + 1) / of; ++b) body(b, *pool_[t]);
     }
   }
+  template <class Body>
+  void each_block(Body body) {
+    each_index([&](int64_t b, Scratch& scratch) {
+      int n = logits_.load(b, scratch.block);
+      body(b, scratch.block, n, scratch);
+    });
+  }
 
-  void maximum() {
-    each_block([&](int64_t b, const float* z, int n, Scratch&) { own_.maxima[b] = own_.groups.take(b, z, n); });
+  // Reads block b: its maximum and groups, and with `weights` its mass, in own_.from.
+  void read(int64_t b, Scratch& scratch, const Weights* weights) {
+    auto take = [&](auto at, int n) { own_.maxima[b] = own_.groups.take(b, at, n, weights, own_.from[b]); };
+#ifdef __AVX512F__
+    if (const void* plain = logits_.plain(b)) {
+      return with_stream(plain, logits_.dtype(), [&](auto stream) { take(stream, BLOCK); });
+    }
+#endif
+    int n = logits_.load(b, scratch.block);
+    take(stream_of(scratch.block), n);
+  }
+
+  // The first pass: maxima, groups, and with `weights` each block's mass, in own_.from.
+  void first_pass(const Weights* weights) {
+    each_index([&](int64_t b, Scratch& scratch) { read(b, scratch, weights); });
     max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
   }
+
+  void maximum() { first_pass(nullptr); }
 
   // The maximum and, in the same pass, the blocks' masses, for rows whose whole mass will be asked for: own_.from, by
   // quick sums in units of a value near the maximum. Whether they are good is `surveyed_`.
   void survey(float temperature) {
-    int n = logits_.load(0, own_.block);
-    around_ = *std::max_element(own_.block, own_.block + n);
+    read(0, own_, nullptr);
+    around_ = own_.maxima[0];
     Weights weights(around_, temperature, -FLT_MAX, false);
     if (!weights.narrow) return maximum();
-    each_block([&](int64_t b, const float* z, int n, Scratch&) {
-      own_.maxima[b] = own_.groups.take(b, z, n);
-      own_.from[b] = weights.quick_sum(z, n, -FLT_MAX);
-    });
-    max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
+    first_pass(&weights);
     surveyed_ = Weights(max_, temperature, -FLT_MAX, false, around_).narrow;
   }
 
@@ -58,9 +73,10 @@ class Passes {
   bool scan(float low, float high, const Weights* weights) {
     for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
     const std::vector<float>& sample = own_.groups.others;
-    bool packs = weights && count_from(sample.data(), int(sample.size()), low) < int64_t(sample.size()) / 2;
+    bool packs = (weights || (PACKS16 && logits_.dtype() != F32 && !logits_.adjusted())) &&
+                 count_from(sample.data(), int(sample.size()), low) < int64_t(sample.size()) / 2;
     packed_from_ = packs ? low : NONE;
-    each_block([&](int64_t b, const float* z, int n, Scratch& scratch) {
+    each_index([&](int64_t b, Scratch& scratch) {
       own_.from[b] = own_.above[b] = 0;
       own_.inside[b] = own_.beyond[b] = 0;
       if (own_.maxima[b] < low) return;
@@ -71,41 +87,68 @@ class Passes {
         }
         sift(values, count, id, low, high, scratch, own_.inside[b], own_.beyond[b]);
       };
-      if (!packs) return take(z, n, b * BLOCK);
+      if (!packs) {
+        int n = logits_.load(b, scratch.block);
+        return take(scratch.block, n, b * BLOCK);
+      }
       bool few = count_from(own_.groups.maxima.data() + b * GROUPS, GROUPS, low) < GROUPS / 4;
       int64_t place = b * BLOCK;
-      for (int at = 0; at < n; at += PACKED) {
-        int some = pack(z + at, std::min(PACKED, n - at), low, few, scratch.packed);
-        int padded = (some + GROUPS - 1) / GROUPS * GROUPS;
-        std::fill(scratch.packed + some, scratch.packed + padded, -INF);
-        take(scratch.packed, padded, place);
+      auto take_packed = [&](int some) {
+        take(scratch.packed, pad(scratch.packed, some), place);
         place += some;
+      };
+#ifdef __AVX512VBMI2__
+      if (const void* plain = logits_.dtype() != F32 ? logits_.plain(b) : nullptr) {
+        uint16_t* found = reinterpret_cast<uint16_t*>(scratch.block);
+        int m = (few ? pack16<true> : pack16<false>)(plain, BLOCK, logits_.dtype(), low, found);
+        with_stream(found, logits_.dtype(), [&](auto stream) {
+          for (int begin = 0; begin < m; begin += PACKED) {
+            int some = std::min(PACKED, m - begin);
+            for (int i = 0; i < some; i += 16) _mm512_storeu_ps(scratch.packed + i, stream.at(begin + i));
+            take_packed(some);
+          }
+        });
+        return;
+      }
+#endif
+      int n = logits_.load(b, scratch.block);
+      for (int at = 0; at < n; at += PACKED) {
+        take_packed(pack(scratch.block + at, std::min(PACKED, n - at), low, few, scratch.packed));
       }
     });
-    return gather(weights);
+    return gather();
   }
 
   // The id of a token that the last scan gathered.
   int64_t id_of(int64_t gathered) {
     if (!(packed_from_ <= INF)) return gathered;
-    int64_t begin = gathered / BLOCK * BLOCK, left = gathered - begin;
+    int64_t begin = gathered / BLOCK * BLOCK;
     logits_.load(gathered / BLOCK, own_.block);
-    for (int64_t at = 0;; ++at) {
-      if (own_.block[at] >= packed_from_ && left-- == 0) return begin + at;
-    }
+    return begin + nth(own_.block, packed_from_, NONE, int(gathered - begin) + 1);
   }
 
-  // The threads' tokens of an interval, together, and their weights; whether they had room.
-  bool gather(const Weights* weights) {
+  // What a scan that gathers the token `id` calls it; for one that it does not, the one before it.
+  int64_t place_of(int64_t id) {
+    if (!(packed_from_ <= INF)) return id;
+    int64_t begin = id / BLOCK * BLOCK;
+    int n = logits_.load(id / BLOCK, own_.block);
+    return begin + count_from(own_.block, int(std::min<int64_t>(n, id - begin + 1)), packed_from_) - 1;
+  }
+
+  // The threads' tokens of an interval, together; whether they had room.
+  bool gather() {
     for (int t = 1; t < threads_; ++t) {
       if (own_.n + pool_[t]->n > ROOM) return false;
       std::copy_n(pool_[t]->values, pool_[t]->n, own_.values + own_.n);
       std::copy_n(pool_[t]->ids, pool_[t]->n, own_.ids + own_.n);
       own_.n += pool_[t]->n;
     }
-    if (own_.n > ROOM) return false;
-    if (weights) weigh_candidates();
-    return true;
+    return own_.n <= ROOM;
+  }
+
+  void count_candidates() {
+    std::fill(own_.inside.begin(), own_.inside.end(), 0);
+    for (int i = 0; i < own_.n; ++i) ++own_.inside[own_.ids[i] / BLOCK];
   }
 
   void weigh_candidates() { weights_.each(own_.values, own_.n, own_.weights); }

@@ -121,7 +121,7 @@ class Row : public Passes {
   template <class Reached, class GuessOf>
   Kept select(const Kept& within, const Weights* weights, Reached reached, GuessOf guess_of, double goal) {
     int32_t low = within.key, high = key_of(max_) + 1;  // low <= threshold < high
-    if (complete_) return pick(within, low, high, 0, 0, reached);
+    if (complete_) return pick(within, low, high, 0, 0, weights, reached);
     int64_t count_low = INT64_MAX, count_high = 0;
     double from_low = weights ? total_ : -1, from_high = 0;  // masses or counts
     Interval next{high - 1, high};
@@ -141,7 +141,8 @@ class Row : public Passes {
       } else if (l == low || reached(from, mass_from)) {
         if (fits) {
           complete_ = count_high == 0 && above == 0;
-          return pick(within, l, h, above, mass_above, reached);
+          if (within.last != ALL_TIES) keep_candidates({within.key, place_of(within.last)}), count_candidates();
+          return pick(within, l, h, above, mass_above, weights, reached);
         }
         if (int64_t(h) - l == 1) return split_ties(within, l, above, mass_above, reached);
         low = l, count_low = from, from_low = weights ? mass_from : double(from);
@@ -158,37 +159,31 @@ class Row : public Passes {
 
   // Searches the gathered tokens, all those of [low, high); `above` and `mass_above` are those from `high` on.
   template <class Reached>
-  Kept pick(const Kept& within, int32_t low, int32_t high, int64_t above, double mass_above, Reached reached) {
-    if (within.last != ALL_TIES) keep_candidates(within);
+  Kept pick(const Kept& within, int32_t low, int32_t high, int64_t above, double mass_above, const Weights* weights,
+            Reached reached) {
     int64_t count = above;
     double mass = mass_above;
-    int n = own_.n;
-    const float* z = own_.values;
-    const double* w = own_.weights;
+    float* z = own_.block;  // the values that may be the threshold, fewer each time; `count` and `mass` are those above
+    int n = select_values(own_.values, pad(own_.values, own_.n), float_of(low), NONE, z);
     while (int64_t(high) - low > 1) {
       float from = float_of(middle(low, high));
-      int32_t some = 0;
-      double weight = 0;
-      float least = INF, most = -INF;  // the values next to `from` on either side: no threshold lies between
-#pragma omp simd reduction(+ : some, weight) reduction(min : least) reduction(max : most)
-      for (int i = 0; i < n; ++i) {
-        bool in = z[i] >= from;
-        some += in ? 1 : 0;
-        weight += in ? w[i] : 0.0;
-        float up = in ? z[i] : INF, down = in ? -INF : z[i];
-        least = up < least ? up : least;
-        most = down > most ? down : most;
+      n = pad(z, n);
+      Sides found = sides(z, n, from);  // no threshold lies between the values next to `from`
+      double weight = weights ? weights->sum(z, n, from) : 0;
+      if (reached(count + found.count, mass + weight)) {
+        low = key_of(found.least);
+        n = select_values(z, n, from, NONE, z);
+      } else {
+        high = std::max(low, key_of(found.most)) + 1, count += found.count, mass += weight;
+        n = select_values(z, n, float_of(low), from, z);
       }
-      if (reached(above + some, mass_above + weight)) low = key_of(least);
-      else high = std::max(low, key_of(most)) + 1, count = above + some, mass = mass_above + weight;
     }
     float tie = float_of(low);
+    double w = weights ? (*weights)(tie) : 0;
     Kept kept{low, -1};
-    for (int i = 0; i < n; ++i) {
-      if (z[i] != tie) continue;
-      mass += w[i], kept.last = own_.ids[i];
-      if (reached(++count, mass)) break;
-    }
+    int ties = 0;
+    while (ties < n && (ties == 0 || !reached(count + ties, mass))) ++ties, mass += w;
+    if (ties > 0) kept.last = own_.ids[nth(own_.values, tie, float_of(low + 1), ties)];
     if (complete_) keep_candidates(kept);
     else if (total_ >= 0) add_candidates(kept);
     if (kept.last >= 0) kept.last = id_of(kept.last);
@@ -196,29 +191,29 @@ class Row : public Passes {
   }
 
   void keep_candidates(const Kept& kept) {
-    int m = 0;
-    for (int i = 0; i < own_.n; ++i) {
-      own_.values[m] = own_.values[i], own_.ids[m] = own_.ids[i], own_.weights[m] = own_.weights[i];
-      m += kept(own_.values[i], own_.ids[i]);
-    }
-    own_.n = m;
+    int32_t last = int32_t(std::min<int64_t>(kept.last, INT32_MAX));
+    own_.n = select_tokens(own_.values, own_.ids, own_.n, float_of(kept.key), last);
   }
 
   // Adds the kept ones to what a pass left of each block: the masses from the interval's upper end on.
   void add_candidates(const Kept& kept) {
-    float tie = float_of(kept.key);
+    float tie = float_of(kept.key), from = float_of(kept.key + 1);
+    double w = weights_(tie);
     const float* z = own_.values;
-    const double* w = own_.weights;
     const int32_t* ids = own_.ids;
     int32_t last = int32_t(kept.last);
-    for (int i = 0; i < own_.n;) {
-      int64_t b = ids[i] / BLOCK;
-      int end = int(std::lower_bound(ids + i, ids + own_.n, (b + 1) * BLOCK) - ids);
-      double mass = 0;
-#pragma omp simd reduction(+ : mass)
-      for (int j = i; j < end; ++j) mass += (z[j] > tie) | ((z[j] == tie) & (ids[j] <= last)) ? w[j] : 0.0;
-      own_.above[b] += mass;
-      i = end;
+    int begin = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      int end = begin + int(own_.inside[b]);
+      int32_t ties = 0;
+#pragma omp simd reduction(+ : ties)
+      for (int i = begin; i < end; ++i) ties += (z[i] == tie) & (ids[i] <= last) ? 1 : 0;
+      own_.above[b] += double(ties) * w;
+      for (; begin < end; begin += std::min(PACKED, end - begin)) {
+        int n = std::min(PACKED, end - begin);
+        std::copy_n(z + begin, n, own_.packed);
+        own_.above[b] += weights_.sum(own_.packed, pad(own_.packed, n), from);
+      }
     }
     own_.from.swap(own_.above);
     blocks_weighed_ = true;
@@ -258,7 +253,7 @@ class Row : public Passes {
     weigh_candidates();
     total_ = 0;
     for (int i = 0; i < own_.n; ++i) total_ += own_.weights[i];
-    return id_of(own_.ids[walk(own_.n, u, 0, 0)]);
+    return id_of(own_.ids[walk(own_.n, u, 0, 0, [](int, int) {})]);
   }
 
   int64_t draw_blocks(const Kept& kept, double u) {
@@ -272,28 +267,38 @@ class Row : public Passes {
     }
     if (b == blocks_) b = some, before -= own_.from[b];  // rounding of the last sum
     own_.n = logits_.load(b, own_.block);
-    weights_.each(own_.block, own_.n, own_.weights);
-    for (int i = 0; i < own_.n; ++i) own_.weights[i] = kept(own_.block[i], b * BLOCK + i) ? own_.weights[i] : 0.0;
-    return b * BLOCK + walk(own_.n, u, before, own_.from[b]);
+    float tie = float_of(kept.key);
+    int last = int(std::clamp<int64_t>(kept.last - b * BLOCK, -1, BLOCK));
+    return b * BLOCK + walk(own_.n, u, before, own_.from[b], [&](int begin, int n) {
+      const float* z = own_.block + begin;
+      double* w = own_.weights + begin;
+      weights_.each(z, n, w);
+      for (int i = 0; i < n; ++i) w[i] = (z[i] > tie) | ((z[i] == tie) & (begin + i <= last)) ? w[i] : 0.0;
+    });
   }
 
   // The place among own_.weights[0 .. n), in total_ by `block`, at which the sum, `before` at first, exceeds u * total_.
-  int walk(int n, double u, double before, double block) {
+  // `weigh(begin, some)` puts `some` of them there, from `begin` on.
+  template <class Weigh>
+  int walk(int n, double u, double before, double block, Weigh weigh) {
     constexpr int STEP = 64;
     const double* w = own_.weights;
     int at = 0, some = 0;
     double cumulative = before;
     for (; at + STEP < n; at += STEP) {
       double step = 0;
+      weigh(at, STEP);
 #pragma omp simd reduction(+ : step)
       for (int i = 0; i < STEP; ++i) step += w[at + i];
       if (cumulative + step > u * total_) break;
       if (step > 0) some = at;
       cumulative += step;
     }
+    if (at + STEP >= n) weigh(at, n - at);
     for (int i = some; i < at; ++i) if (w[i] > 0) some = i;  // the last one that weighs, should rounding end the walk
     excess(cumulative, u, block);  // sure that the steps before are too little
-    for (; at < n; ++at) {
+    for (int weighed = std::min(at + STEP, n); at < n; ++at) {
+      if (at == weighed) weigh(at, std::min(STEP, n - at)), weighed += STEP;
       if (w[at] == 0) continue;
       some = at;
       if (excess(cumulative += w[at], u, block) > 0) break;

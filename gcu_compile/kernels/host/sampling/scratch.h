@@ -58,6 +58,109 @@ inline int pack(const float* z, int n, float low, bool few, float* out) {
   return m;
 }
 
+// Fills n values up with -inf to a multiple of 32, for which there is room; returns how many they are then.
+inline int pad(float* z, int n) {
+  int all = (n + GROUPS - 1) / GROUPS * GROUPS;
+  std::fill(z + n, z + all, -INF);
+  return all;
+}
+
+// How many of n values, a multiple of 32, are not below `from`, and the values next to it on either side, or infinities.
+struct Sides {
+  int64_t count;
+  float least, most;
+};
+inline Sides sides(const float* z, int n, float from) {
+#ifdef __AVX512F__
+  __m512 least = _mm512_set1_ps(INF), most = _mm512_set1_ps(-INF);
+  int count = 0;
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(from), _CMP_GE_OQ);
+    least = _mm512_mask_min_ps(least, in, least, v), most = _mm512_mask_max_ps(most, ~in, most, v);
+    count += __builtin_popcount(in);
+  }
+  return {count, _mm512_reduce_min_ps(least), _mm512_reduce_max_ps(most)};
+#else
+  int32_t count = 0;
+  float least = INF, most = -INF;
+#pragma omp simd reduction(+ : count) reduction(min : least) reduction(max : most)
+  for (int i = 0; i < n; ++i) {
+    bool in = z[i] >= from;
+    count += in ? 1 : 0;
+    float up = in ? z[i] : INF, down = in ? -INF : z[i];
+    least = up < least ? up : least;
+    most = down > most ? down : most;
+  }
+  return {count, least, most};
+#endif
+}
+
+// The values of [low, high) among n, a multiple of 32, in their order to `out`, which may be z; returns how many. high
+// may be NaN: all from `low` on.
+inline int select_values(const float* z, int n, float low, float high, float* out) {
+  int m = 0;
+#ifdef __AVX512F__
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ);
+    in = _mm512_mask_cmp_ps_mask(in, v, _mm512_set1_ps(high), _CMP_NGE_UQ);
+    _mm512_storeu_ps(out + m, _mm512_maskz_compress_ps(in, v));
+    m += __builtin_popcount(in);
+  }
+#else
+  for (int i = 0; i < n; ++i) {
+    float v = z[i];
+    out[m] = v, m += int(v >= low) & int(!(v >= high));
+  }
+#endif
+  return m;
+}
+
+// Where the k-th value, from 1 on, of [low, high) is; there are as many, and z has room for 31 more values. high may be NaN.
+inline int nth(const float* z, float low, float high, int k) {
+  int i = 0;
+#ifdef __AVX512F__
+  for (;; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ);
+    in = _mm512_mask_cmp_ps_mask(in, v, _mm512_set1_ps(high), _CMP_NGE_UQ);
+    int some = __builtin_popcount(in);
+    if (some >= k) break;
+    k -= some;
+  }
+#endif
+  for (;; ++i) {
+    if (z[i] >= low && !(z[i] >= high) && --k == 0) return i;
+  }
+}
+
+// Keeps, of n tokens, those above `tie` and those equal to it with ids up to `last`; returns how many.
+inline int select_tokens(float* z, int32_t* ids, int n, float tie, int32_t last) {
+  int m = 0;
+#ifdef __AVX512F__
+  n = pad(z, n);
+  for (int i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(z + i);
+    __m512i id = _mm512_loadu_si512(ids + i);
+    __mmask16 first = _mm512_cmple_epi32_mask(id, _mm512_set1_epi32(last));
+    __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(tie), _CMP_GT_OQ);
+    in |= _mm512_mask_cmp_ps_mask(first, v, _mm512_set1_ps(tie), _CMP_EQ_OQ);
+    _mm512_storeu_ps(z + m, _mm512_maskz_compress_ps(in, v));
+    _mm512_storeu_si512(ids + m, _mm512_maskz_compress_epi32(in, id));
+    m += __builtin_popcount(in);
+  }
+#else
+  for (int i = 0; i < n; ++i) {
+    float v = z[i];
+    int32_t id = ids[i];
+    z[m] = v, ids[m] = id;
+    m += int(v > tie) | (int(v == tie) & int(id <= last));
+  }
+#endif
+  return m;
+}
+
 // Counts the tokens of [low, high) and those from `high` on in values that begin at id `begin`. Appends the former
 // while there is room (beyond that, to.n is more than ROOM). high may be NaN: none.
 inline void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside,

@@ -12,48 +12,21 @@
 // ROUNDED of it.
 #pragma once
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 
+#include "exact.h"
 #include "order.h"
+#include "stream.h"
 
 #ifdef __FP_FAST_FMAF
 constexpr bool HAS_FMA = true;
 #else
 constexpr bool HAS_FMA = false;  // without it the reduction above is not exact: float64 throughout
 #endif
-
-// exp(x) for x <= 0, error below 2^-51 (Taylor to degree 13 on |r| <= ln(2) / 2); 0 below -708.
-inline double exp_negative(double x) {
-  constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
-  double shifted = x * 1.4426950408889634 + MAGIC;
-  double n = shifted - MAGIC;
-  double r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
-  double y = 1.0 / 6227020800;
-  y = y * r + 1.0 / 479001600;
-  y = y * r + 1.0 / 39916800;
-  y = y * r + 1.0 / 3628800;
-  y = y * r + 1.0 / 362880;
-  y = y * r + 1.0 / 40320;
-  y = y * r + 1.0 / 5040;
-  y = y * r + 1.0 / 720;
-  y = y * r + 1.0 / 120;
-  y = y * r + 1.0 / 24;
-  y = y * r + 1.0 / 6;
-  y = y * r + 0.5;
-  y = y * r + 1.0;
-  y = y * r + 1.0;
-  int64_t bits = (std::bit_cast<int64_t>(shifted) + 1023) << 52;
-  double result = y * std::bit_cast<double>(bits);
-  return x > -708.0 ? result : 0.0;
-}
 
 // The float32 numbers 2^(j / 32) as integers, less j times what shifting n by 18 adds to them.
 alignas(64) constexpr uint32_t POWERS[32] = {
@@ -123,21 +96,34 @@ struct Weights {
       }
 #endif
     } else {
+#ifdef __AVX512F__
+      return w.sums64(z, n, low, high);
+#else
 #pragma omp simd reduction(+ : all, above)
       for (int i = 0; i < n; ++i) {
         double weight = w.exact(z[i]);
         all += z[i] >= low ? weight : 0.0, above += z[i] >= high ? weight : 0.0;
       }
+#endif
     }
     return {all, above};
   }
 
   double quick_sum(const float* z, int n, float from) const {
 #ifdef __AVX512F__
-    if (narrow) return quick_sum32(z, n, from);
+    auto both = [z](int i) { return Both{_mm512_loadu_ps(z + i), _mm512_loadu_ps(z + i + 16)}; };
+    if (narrow) return quick_sum32(both, n, from);
 #endif
     return sum(z, n, from);
   }
+
+#ifdef __AVX512F__
+  // `quick_sum` of float32 weights: both(i) gives the values i ... i + 31, and is asked once for each.
+  template <class Read>
+  double quick_sum32(Read both, int n, float from) const {
+    return takes_all(from) ? quick_sum32<true>(both, n, from) : quick_sum32<false>(both, n, from);
+  }
+#endif
 
   // n numbers are weighed; `z` and `out` have room for the next multiple of 16.
   void each(const float* z, int n, double* out) const {
@@ -154,16 +140,20 @@ struct Weights {
       for (int i = 0; i < n; ++i) out[i] = double(w.approximate(z[i]));
 #endif
     } else {
+#ifdef __AVX512F__
+      for (int i = 0; i < n; i += 8) _mm512_storeu_pd(out + i, w.exact8(_mm256_loadu_ps(z + i)));
+#else
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = w.exact(z[i]);
+#endif
     }
   }
 
 #ifdef __AVX512F__
  private:
-  // `approximate`, operation by operation; what is below `cutoff` counts as `cutoff`, less than 2^-119.
+  // `approximate`, operation by operation; NaN and what is below `cutoff` count as `cutoff`, less than 2^-119.
   __m512 approximate16(__m512 z) const {
-    __m512 y = _mm512_max_ps(_mm512_set1_ps(cutoff), z);
+    __m512 y = _mm512_max_ps(z, _mm512_set1_ps(cutoff));  // of NaN and a number, the second operand
     __m512 shifted = _mm512_fmadd_ps(y, _mm512_set1_ps(hi), _mm512_set1_ps(magic));
     __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(magic));
     __m512 r = _mm512_fmadd_ps(y, _mm512_set1_ps(lo), _mm512_fmsub_ps(y, _mm512_set1_ps(hi), n));
@@ -175,6 +165,24 @@ struct Weights {
   }
   static __mmask16 from16(__m512 z, float from) { return _mm512_cmp_ps_mask(z, _mm512_set1_ps(from), _CMP_GE_OQ); }
   bool takes_all(float from) const { return from <= cutoff && floor == -FLT_MAX; }
+
+  // `exact`, operation by operation.
+  __m512d exact8(__m256 z) const {
+    __m512d difference = _mm512_sub_pd(_mm512_cvtps_pd(z), _mm512_set1_pd(max));
+    __m512d w = exp_negative(_mm512_mul_pd(difference, _mm512_set1_pd(inverse)));
+    w = _mm512_mask_mov_pd(w, _mm256_cmp_ps_mask(z, _mm256_set1_ps(max), _CMP_EQ_OQ), _mm512_set1_pd(1.0));
+    return _mm512_maskz_mov_pd(_mm256_cmp_ps_mask(z, _mm256_set1_ps(floor), _CMP_GE_OQ), w);
+  }
+  Sums sums64(const float* z, int n, float low, float high) const {
+    __m512d all = _mm512_setzero_pd(), above = all;
+    for (int i = 0; i < n; i += 8) {
+      __m256 v = _mm256_loadu_ps(z + i);
+      __m512d w = exact8(v);
+      all = _mm512_mask_add_pd(all, _mm256_cmp_ps_mask(v, _mm256_set1_ps(low), _CMP_GE_OQ), all, w);
+      above = _mm512_mask_add_pd(above, _mm256_cmp_ps_mask(v, _mm256_set1_ps(high), _CMP_GE_OQ), above, w);
+    }
+    return {_mm512_reduce_add_pd(all), _mm512_reduce_add_pd(above)};
+  }
 
   template <bool HIGH>
   Sums sums32(const float* z, int n, float low, float high) const {
@@ -192,22 +200,26 @@ struct Weights {
     return {_mm512_reduce_add_pd(_mm512_add_pd(a0, a1)), _mm512_reduce_add_pd(_mm512_add_pd(u0, u1))};
   }
 
-  double quick_sum32(const float* z, int n, float from) const {
+  template <bool ALL, class Read>
+  double quick_sum32(Read both, int n, float from) const {
     __m512d a0 = _mm512_setzero_pd(), a1 = a0, a2 = a0, a3 = a0;
-    bool all = takes_all(from);
-    auto weight = [&](int i) {
-      __m512 v = _mm512_loadu_ps(z + i), w = approximate16(v);
-      return all ? w : _mm512_maskz_mov_ps(from16(v, from), w);
+    const Weights w = *this;
+    auto weight = [&](int i) __attribute__((always_inline)) {
+      Both v = both(i);
+      __m512 first = w.approximate16(v.first), second = w.approximate16(v.second);
+      if (!ALL) first = _mm512_maskz_mov_ps(from16(v.first, from), first);
+      if (!ALL) second = _mm512_maskz_mov_ps(from16(v.second, from), second);
+      return _mm512_add_ps(first, second);
     };
     int i = 0;
     for (; i + 64 <= n; i += 64) {
-      __m512 v = _mm512_add_ps(weight(i), weight(i + 16)), w = _mm512_add_ps(weight(i + 32), weight(i + 48));
+      __m512 v = weight(i), w = weight(i + 32);
       a0 = _mm512_add_pd(a0, low_half(v)), a1 = _mm512_add_pd(a1, high_half(v));
       a2 = _mm512_add_pd(a2, low_half(w)), a3 = _mm512_add_pd(a3, high_half(w));
     }
     if (i < n) {
-      __m512 w = _mm512_add_ps(weight(i), weight(i + 16));
-      a0 = _mm512_add_pd(a0, low_half(w)), a1 = _mm512_add_pd(a1, high_half(w));
+      __m512 v = weight(i);
+      a0 = _mm512_add_pd(a0, low_half(v)), a1 = _mm512_add_pd(a1, high_half(v));
     }
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(a0, a2), _mm512_add_pd(a1, a3)));
   }
