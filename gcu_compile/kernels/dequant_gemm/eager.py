@@ -2,7 +2,9 @@
 
 A code q stands for (q - zero) * scale; a group of neighbouring inputs k shares zero and scale. Products are
 summed in float32 (float64 for float64 activations) and rounded once, to the output's dtype. Weights are not rounded
-to the activations' dtype on the way: where a model's own text does that, this is the more exact of the two.
+to the activations' dtype on the way: where a model's own text does that, this is the more exact of the two. A kernel
+may do it too (the host's does, with AMX and many rows of bfloat16): the rounding of one weight is that of the output,
+and those of a sum cancel, so that it stays within the tolerance of `kernels/tolerance.py`.
 """
 
 from __future__ import annotations

@@ -4,17 +4,20 @@
 // sums) and a group's scale and zero are applied to its float32 sum:
 //   sum_k x (code - zero) scale = scale * (sum_k x (code - mid) - (zero - mid) * sum_k x)
 // Groups that cut words, and act-order, are dequantised input by input into float32 instead. With AMX its tiles make
-// the products of bf16, but for one or two rows.
+// the products of bf16, but for one or two rows. For many rows it multiplies weights that are scaled and rounded to bf16
+// when they are unpacked: applying a scale to the sums of each group takes as long as their products.
 #include "gemm/product.h"
+#include "gemm/scaled_product.h"
 #include "gemm/tile_product.h"
 
 namespace {
 
-constexpr int VECTOR_ROWS = 2;  // up to so many, a product on vectors ends before the weights are unpacked for AMX
-
+constexpr int VECTOR_ROWS = 2;   // up to so many, a product on vectors ends before the weights are unpacked for AMX
+constexpr int SCALED_FROM = 65;  // from so many, scaling the weights takes less than scaling the sums of their groups
 template <int BITS>
 std::unique_ptr<Job> product(const Arguments& in) {
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
+  if (in.m >= SCALED_FROM && in.x_dtype == BF16) return std::make_unique<ScaledProduct<BITS>>(in);
   if (in.m > VECTOR_ROWS && TileProduct<BITS>::takes(in)) return std::make_unique<TileProduct<BITS>>(in);
 #endif
   bool apart = in.g_idx || (in.groups > 1 && in.k / in.groups % PER_WORD<BITS>);

@@ -21,6 +21,10 @@ inline void load(const void* p, int64_t stride = LINE) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "n"(T));
 }
 template <int T>
+inline void stream(const void* p, int64_t stride = LINE) {  // leaves what is in the first cache there
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "n"(T));
+}
+template <int T>
 inline void store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "n"(T) : "memory");
 }
@@ -36,45 +40,62 @@ inline int tile_rows(int64_t rows) {
   return tiles ? int((rows + tiles - 1) / tiles) : 1;
 }
 
-// Sums of R row tiles (`x_tile` bytes apart, steps of `rows` rows) times V column tiles, in tiles r * V + v.
-// between(step) runs beside the products of that step: they take a unit of their own.
-template <int R, int V, class Between>
-inline void multiply(const char* x, int64_t x_tile, int rows, const char* w, int steps, Between between) {
+// Sums of R row tiles (of `rows` rows) times V column tiles, in tiles r * V + v, from the start: 0, or where they were
+// left off in rows that lie `pitch` bytes apart.
+template <int R, int V>
+inline void begin() {
   static_assert((R == 2 && V == 2) || (R == 1 && V <= 4));
   zero<0>();
   if constexpr (R * V > 1) zero<1>();
   if constexpr (R * V > 2) zero<2>();
   if constexpr (R * V > 3) zero<3>();
+}
+template <int R, int V>
+inline void resume(const void* sums, int rows, int64_t pitch) {
+  auto* p = static_cast<const char*>(sums);
+  load<0>(p, pitch);
+  if constexpr (V > 1) load<1>(p + LINE, pitch);
+  if constexpr (V > 2) load<2>(p + 2 * LINE, pitch);
+  if constexpr (V > 3) load<3>(p + 3 * LINE, pitch);
+  if constexpr (R == 2) {
+    load<2>(p + rows * pitch, pitch);
+    load<3>(p + rows * pitch + LINE, pitch);
+  }
+}
+template <int R, int V>
+inline void store(void* sums, int rows, int64_t pitch) {
+  auto* p = static_cast<char*>(sums);
+  store<0>(p, pitch);
+  if constexpr (V > 1) store<1>(p + LINE, pitch);
+  if constexpr (V > 2) store<2>(p + 2 * LINE, pitch);
+  if constexpr (V > 3) store<3>(p + 3 * LINE, pitch);
+  if constexpr (R == 2) {
+    store<2>(p + rows * pitch, pitch);
+    store<3>(p + rows * pitch + LINE, pitch);
+  }
+}
+
+// Adds the products of some steps. x tiles lie `x_tile` bytes apart, their steps are of `rows` rows. STREAM: weights
+// come from the second cache. between(step) runs beside the products of that step: they take a unit of their own.
+template <int R, int V, bool STREAM, class Between>
+inline void multiply(const char* x, int64_t x_tile, int rows, const char* w, int steps, Between between) {
+  auto weights = [&]<int T>(int v) { STREAM ? stream<T>(w + v * TILE_BYTES) : load<T>(w + v * TILE_BYTES); };
   for (int step = 0; step < steps; ++step, x += rows * LINE, w += COLUMNS * TILE_BYTES) {
     load<4>(x);
-    load<6>(w);
+    weights.template operator()<6>(0);
     dot<0, 4, 6>();
     if constexpr (R == 2) {
       load<5>(x + x_tile);
       dot<2, 5, 6>();
-      load<7>(w + TILE_BYTES);
+      weights.template operator()<7>(1);
       dot<1, 4, 7>();
       dot<3, 5, 7>();
     } else {
-      if constexpr (V > 1) load<7>(w + TILE_BYTES), dot<1, 4, 7>();
-      if constexpr (V > 2) load<6>(w + 2 * TILE_BYTES), dot<2, 4, 6>();
-      if constexpr (V > 3) load<7>(w + 3 * TILE_BYTES), dot<3, 4, 7>();
+      if constexpr (V > 1) weights.template operator()<7>(1), dot<1, 4, 7>();
+      if constexpr (V > 2) weights.template operator()<6>(2), dot<2, 4, 6>();
+      if constexpr (V > 3) weights.template operator()<7>(3), dot<3, 4, 7>();
     }
     between(step);
-  }
-}
-
-// Those sums, as rows of V * 16 numbers.
-template <int R, int V>
-inline void store(void* out, int rows) {
-  auto* p = static_cast<char*>(out);
-  store<0>(p, V * LINE);
-  if constexpr (V > 1) store<1>(p + LINE, V * LINE);
-  if constexpr (V > 2) store<2>(p + 2 * LINE, V * LINE);
-  if constexpr (V > 3) store<3>(p + 3 * LINE, V * LINE);
-  if constexpr (R == 2) {
-    store<2>(p + rows * V * LINE, V * LINE);
-    store<3>(p + rows * V * LINE + LINE, V * LINE);
   }
 }
 

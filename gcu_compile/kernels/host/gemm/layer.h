@@ -79,11 +79,13 @@ class Layer : public Job {
     for (int i = 0; i < TILE; ++i) shift[i] = (shift[i] - MIDPOINT<BITS>) * scale[i];
   }
 
-  void finish(int64_t tile, int64_t first, int rows, float* c) const {
+  // Results of `rows` rows from their sums; `scale` where those are still to be scaled.
+  void finish(int64_t tile, int64_t first, int rows, float* c, const float* scale = nullptr) const {
     int count = int(std::min<int64_t>(TILE, in_.n - tile * TILE));
     float bias[TILE] = {};
     if (in_.bias) to_floats(in_.bias, in_.bias_dtype, tile * TILE, count, bias);
     for (int r = 0; r < rows; ++r) {
+      for (int i = 0; scale && i < count; ++i) c[r * TILE + i] *= scale[i];
       for (int i = 0; i < count; ++i) c[r * TILE + i] += bias[i];
       from_floats(c + r * TILE, count, in_.y, in_.x_dtype, (first + r) * in_.n + tile * TILE);
     }

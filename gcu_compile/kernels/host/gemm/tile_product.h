@@ -221,11 +221,12 @@ class TileProduct : public Layer<BITS> {
           int steps = int(to - from), rows = pending.rows;
           auto* x = reinterpret_cast<const char*>(tile_of(row, block, from - block.begin));
           auto* w = reinterpret_cast<const char*>(s.unpacked[s.turn] + (from - block.begin) * TILE * 16 + at * 16);
-          amx::multiply<R, V>(x, x_tile, height_, w, steps, [&](int step) {
+          amx::begin<R, V>();
+          amx::multiply<R, V, false>(x, x_tile, height_, w, steps, [&](int step) {
             pending.add(rows * step / steps, rows * (step + 1) / steps, in_.groups);
             unpacking.part(parts);
           });
-          amx::store<R, V>(s.sums[turn], height_);
+          amx::store<R, V>(s.sums[turn], height_, V * amx::LINE);
           bool shifted = in_.zeros && from % group_ == 0;
           pending = {s.sums[turn], s.scale[part] + at, shifted ? s.shift[part] + at : nullptr,
                      shifted ? &sums_[row * height_ * in_.groups + from / group_] : nullptr,
