@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from itertools import repeat
 
 import torch
 
@@ -29,7 +28,6 @@ POINTERS = (
     ("positions", torch.int64),
 )
 DRAFTS = (("draft_ids", torch.int64), ("draft_probabilities", torch.float32))
-WANTED = dict((*POINTERS, *DRAFTS))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -51,6 +49,10 @@ FIELDS = (
     *("ids", "kept", "bias_count", "history_count"),
     *(name for name, _ in DRAFTS),
 )
+# Argument -> its place among the fields, and the dtype that the kernel takes.
+WANTED = {name: (FIELDS.index(name), dtype) for name, dtype in (*POINTERS, *DRAFTS)}
+_IDS, _KEPT = FIELDS.index("ids"), FIELDS.index("kept")
+_COUNTS = {"bias_ids": FIELDS.index("bias_count"), "history_ids": FIELDS.index("history_count")}
 SCORED = ("tokens", "given", "count", "normalised", "ids", "scores", "ranks")
 _PACK, _PACK_SCORED = struct.Struct(f"{len(FIELDS)}q").pack, struct.Struct(f"{len(SCORED)}q").pack
 
@@ -79,10 +81,11 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> t
     """
     ids = torch.empty(logits.shape[0], dtype=torch.int64)
     arguments, _held = _arguments(logits, settings)
-    arguments["ids"] = ids.data_ptr()
+    arguments[_IDS] = ids.data_ptr()
     if kept is not None:
-        arguments["kept"] = kept.data_ptr()
-    _checked("sample", logits, build.load("sample").gcu_sample(_PACK(*map(arguments.get, FIELDS, repeat(0)))))
+        arguments[_KEPT] = kept.data_ptr()
+    if fault := build.load("sample").gcu_sample(_PACK(*arguments)):
+        raise _error("sample", logits, fault)
     return ids
 
 
@@ -101,38 +104,32 @@ def run_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int, norm
     tokens = token_ids.long().contiguous()
     pointers = (t.data_ptr() for t in (ids, scores, ranks))
     scored = _PACK_SCORED(tokens.data_ptr(), given, count, normalised, *pointers)
-    fault = build.load("sample").gcu_logprobs(_PACK(*map(arguments.get, FIELDS, repeat(0))), scored)
-    _checked("logprobs", logits, fault)
+    if fault := build.load("sample").gcu_logprobs(_PACK(*arguments), scored):
+        raise _error("logprobs", logits, fault)
     return ids, scores, ranks
 
 
-def _arguments(logits: torch.Tensor, settings: dict) -> tuple[dict[str, int], list[torch.Tensor]]:
-    """Fields by name, and the converted tensors, which must live until the call is over."""
-    rows, vocab = logits.shape
-    found = {
-        "logits": logits.data_ptr(),
-        "rows": rows,
-        "vocab": vocab,
-        "stride": logits.stride(0),
-        "dtype": DTYPES[logits.dtype],
-        "threads": torch.get_num_threads(),
-    }
+def _arguments(logits: torch.Tensor, settings: dict) -> tuple[list[int], list[torch.Tensor]]:
+    """All fields, and the converted tensors, which must live until the call is over. It runs in every step."""
+    found = [0] * len(FIELDS)
+    found[:6] = (
+        *(logits.data_ptr(), *logits.shape, logits.stride(0)),
+        *(DTYPES[logits.dtype], torch.get_num_threads()),
+    )
     held = []
     for name, value in settings.items():
         if value is None:
             continue
-        if value.dtype != WANTED[name] or not value.is_contiguous():
-            value = value.to(WANTED[name]).contiguous()
+        place, dtype = WANTED[name]
+        if value.dtype is not dtype or not value.is_contiguous():
+            value = value.to(dtype).contiguous()
             held.append(value)
-        found[name] = value.data_ptr()
-        if name == "bias_ids":
-            found["bias_count"] = value.numel()
-        elif name == "history_ids":
-            found["history_count"] = value.numel()
+        found[place] = value.data_ptr()
+        if name in _COUNTS:
+            found[_COUNTS[name]] = value.numel()
     return found, held
 
 
-def _checked(operation: str, logits: torch.Tensor, fault: int) -> None:
-    if fault:
-        rows, vocab = logits.shape
-        raise InvalidInputError(f"gcu::{operation}: " + FAULTS[fault].format(rows=rows, vocab=vocab))
+def _error(operation: str, logits: torch.Tensor, fault: int) -> InvalidInputError:
+    rows, vocab = logits.shape
+    return InvalidInputError(f"gcu::{operation}: " + FAULTS[fault].format(rows=rows, vocab=vocab))

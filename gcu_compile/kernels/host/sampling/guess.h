@@ -2,8 +2,9 @@
 //
 // A group's mass is estimated as w(maximum) + size w(other), the latter unless it is the maximum: unbiased, and exact
 // in the few large weights that make most of the mass. A histogram of these over [max - range, max] tells the mass and
-// count from a value on; what a pass learns of an interval corrects the sampled part of it. Guesses are checked by exact
-// sums: a bad one costs a pass, never a wrong result.
+// count from a value on; what a pass learns of an interval corrects the sampled part of it, or, where the goal is nearer
+// to the interval's lower end, the sampled tokens alone tell how far. Guesses are checked by exact sums: a bad one costs a
+// pass, never a wrong result.
 #pragma once
 
 #include <algorithm>
@@ -153,12 +154,13 @@ class Guess {
     for (int i = 0; i < 2 * GROUPS; ++i) at[i] = int32_t(std::min((max - z[i]) * scale, float(BINS - 1)));
     if (weights) weights->each(z, 2 * GROUPS, w);
     else std::fill(w, w + 2 * GROUPS, 1.0);
-    double s = size;
+    const double s = size;
+    const Bin known{1, 0, 0, 0}, one{0, 0, 0, 1}, sampled{0, s, 0, 0}, square{0, 0, s * s, 0}, all{0, 0, 0, s};
     for (int i = 0; i < GROUPS; ++i) {
-      if (z[i] != -INF) bins_[at[i]] += w[i] * Bin{1, 0, 0, 0} + Bin{0, 0, 0, 1};
+      if (z[i] != -INF) bins_[at[i]] += w[i] * known + one;
     }
     for (int i = GROUPS; i < 2 * GROUPS; ++i) {
-      if (z[i] != -INF) bins_[at[i]] += w[i] * (w[i] * Bin{0, 0, s * s, 0} + Bin{0, s, 0, 0}) + Bin{0, 0, 0, s};
+      if (z[i] != -INF) bins_[at[i]] += w[i] * (w[i] * square + sampled) + all;
     }
   }
   int bin_of(float z) const { return z <= max_ ? int(std::min((max_ - z) * scale_, float(BINS - 1))) : 0; }

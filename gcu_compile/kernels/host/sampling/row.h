@@ -296,12 +296,14 @@ class Row : public Passes {
     }
     if (at + STEP >= n) weigh(at, n - at);
     for (int i = some; i < at; ++i) if (w[i] > 0) some = i;  // the last one that weighs, should rounding end the walk
-    excess(cumulative, u, block);  // sure that the steps before are too little
+    // Quick sums of whole blocks err by the same share each, as weights do.
+    auto over = [&](double mass) { return excess(mass, u, block + (1 - u) * mass + u * (total_ - mass)); };
+    over(cumulative);  // sure that the steps before are too little
     for (int weighed = std::min(at + STEP, n); at < n; ++at) {
       if (at == weighed) weigh(at, std::min(STEP, n - at)), weighed += STEP;
       if (w[at] == 0) continue;
       some = at;
-      if (excess(cumulative += w[at], u, block) > 0) break;
+      if (over(cumulative += w[at]) > 0) break;
     }
     return some;
   }

@@ -57,12 +57,15 @@ int pack16(const void* z, int n, Dtype dtype, float low, uint16_t* out) {
   else image = _cvtss_sh(low, _MM_FROUND_TO_POS_INF);
   if (low == 0) image = 0x8000;
   const char* p = static_cast<const char*>(z);
-  __m512i limit = _mm512_set1_epi16(int16_t(image)), infinity = _mm512_set1_epi16(dtype == BF16 ? 0x7f80 : 0x7c00);
+  uint16_t most = dtype == BF16 ? 0x7f80 : 0x7c00;
+  __m512i limit = _mm512_set1_epi16(int16_t(image)), infinity = _mm512_set1_epi16(int16_t(most));
+  __m512i span = _mm512_set1_epi16(int16_t(most - image));
   int m = 0;
   for (int i = 0; i < n; i += 32) {
     __m512i v = _mm512_loadu_si512(p + i * 2);
-    __mmask32 in = _mm512_cmple_epi16_mask(v, infinity);  // without NaN
-    in = positive ? _mm512_mask_cmpge_epi16_mask(in, v, limit) : _mm512_mask_cmple_epu16_mask(in, v, limit);
+    // Without NaN, whose bits are beyond infinity's, or beyond those of -infinity.
+    __mmask32 in = positive ? _mm512_cmple_epu16_mask(_mm512_sub_epi16(v, limit), span)
+                            : _mm512_mask_cmple_epu16_mask(_mm512_cmple_epi16_mask(v, infinity), v, limit);
     if (FEW && !in) continue;  // a branch pays where it is nearly always taken
     _mm512_storeu_si512(out + m, _mm512_maskz_compress_epi16(in, v));
     m += __builtin_popcount(in);
