@@ -19,6 +19,7 @@ import gcu_compile.kernels.sampling  # noqa: F401  (they define torch.ops.gcu.*)
 from gcu_compile import torch_private
 from gcu_compile.cache.key import cache_key
 from gcu_compile.cache.libraries_private import mend_libraries
+from gcu_compile.codegen import direct_private
 from gcu_compile.lowering.context import Context, GraphReport
 from gcu_compile.lowering.pipeline import check_names, lower
 from gcu_compile.options import Options, resolve
@@ -28,6 +29,7 @@ from gcu_compile.targets.select import TARGETS, check_target, target_of
 
 torch_private.remember_isa_probes()
 mend_libraries()
+direct_private.install()
 
 # Reports of the graphs compiled in this process, oldest first; a graph found in the cache has the report of the
 # compilation that made it.

@@ -7,12 +7,15 @@ A `FusedOp` holds one meaning: schema, eager meaning in plain torch, fake, toler
     call -> first implementation for the tensors' device whose `refuses(...)` gives no reason -> run
          -> none: the eager meaning, counted in `fallbacks` with every reason, and warned of once
 
+On the CPU an implementation's `direct` is asked before all that: it knows arguments that were looked at before.
+
 Every operation takes one more keyword, `site`: where it stands in a compiled graph. It is empty unless the
 graph was compiled with the shadow check on, changes no result, and no implementation sees it.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections import Counter
@@ -50,12 +53,15 @@ class Implementation:
         devices: torch device types that it serves, e.g. `("cpu",)`.
         run: called with the operation's arguments; returns its result.
         refuses: called with the same arguments; the reason why it cannot take them, or None.
+        direct: of one that serves the CPU: called first, with the same arguments. The result, or None for all that it
+            would have to look at more closely; it raises nothing of its own.
     """
 
     name: str
     devices: tuple[str, ...]
     run: Callable
     refuses: Callable[..., str | None] = _never
+    direct: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ def register(op: FusedOp) -> FusedOp:
     assert op.name not in OPS, f"fused operation {op.name!r} is registered twice"
     OPS[op.name] = op
     LIBRARY.define(op.name + with_site(op.schema), tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(op.name, lambda *a, **k: dispatch(op, *a, **k), "CompositeExplicitAutograd")
+    LIBRARY.impl(op.name, functools.partial(dispatch, op), "CompositeExplicitAutograd")
+    if has_direct(op):
+        LIBRARY.impl(op.name, directly(op), "CPU")
     torch.library.register_fake(f"gcu::{op.name}", lambda *a, site="", **k: op.fake(*a, **k), lib=LIBRARY)
     return op
 
@@ -129,6 +137,27 @@ def get(name: str) -> FusedOp:
     if name not in OPS:
         raise UnknownNameError("fused operation", name, OPS)
     return OPS[name]
+
+
+def has_direct(op: FusedOp) -> bool:
+    """Whether one of its implementations has a short way for layers on the CPU that it knows."""
+    return any(implementation.direct for implementation in op.implementations)
+
+
+def directly(op: FusedOp) -> Callable:
+    """`dispatch` of an `op` that has one, for arguments on the CPU: the implementation's `direct` is asked first."""
+    implementation = next(one for one in op.implementations if one.direct)
+    direct, key = implementation.direct, (op.name, implementation.name)
+
+    def call(*args, site: str = "", **kwargs):
+        if watcher is None:
+            result = direct(*args, **kwargs)
+            if result is not None:
+                calls[key] += 1
+                return result
+        return dispatch(op, *args, site=site, **kwargs)
+
+    return call
 
 
 def dispatch(op: FusedOp, *args, site: str = "", **kwargs):

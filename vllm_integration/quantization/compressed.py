@@ -157,7 +157,7 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
         known = None, None
         if self.config.is_static_input_scheme:
             known = static_range(name, x_scale.data, None if self.config.input_symmetric else x_zero.data)
-        layers.put(layer, linear, (w_name, s_name, x_name, zero_name))
+        layers.put(layer, linear.of_integers(), (w_name, s_name, x_name, zero_name))
         layers.known_activations(layer, *known)
 
     def apply_weights(self, layer, x, bias=None):

@@ -270,6 +270,9 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
 class Int8Product:
     """Products of experts with int8 weights and activations, quantised per token."""
 
+    def _put(self, layer, part, linears, drop) -> None:
+        super()._put(layer, part, (linear.of_integers() for linear in linears), drop)
+
     def _product(self, layer, part, x, offsets, x_scales=None, dtype=None):
         weight, scales, layout = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "layout"))
         arguments = (x, offsets, weight, scales, x_scales, self._bias(layer, part))

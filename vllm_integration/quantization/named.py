@@ -109,7 +109,8 @@ class RoundedLinearMethod(UnquantizedLinearMethod):
         progress.expect()
 
     def process_weights_after_loading(self, layer) -> None:
-        layers.put(layer, rounded(self.form, self.prefix, layer.weight.data, self.inputs), ("weight",))
+        linear = rounded(self.form, self.prefix, layer.weight.data, self.inputs)
+        layers.put(layer, linear.of_integers() if self.form.activations else linear, ("weight",))
         layers.known_activations(layer, None, None)
 
     def apply(self, layer, x, bias=None):

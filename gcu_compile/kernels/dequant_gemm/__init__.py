@@ -92,7 +92,7 @@ DEQUANT_GEMM = registry.register(
         fake=_linear_fake,
         accumulation=_inputs,
         implementations=(
-            registry.Implementation("host_cpp", ("cpu",), host.run, host.refuses),
+            registry.Implementation("host_cpp", ("cpu",), host.run, host.refuses, host.direct),
             _on_card(check.dequant_gemm, triton.run, triton.refuses),
         ),
     )
@@ -106,7 +106,7 @@ INT8_GEMM = registry.register(
         fake=_linear_fake,
         accumulation=lambda *args, **kwargs: 1,  # the sum is exact in integers
         implementations=(
-            registry.Implementation("host_cpp", ("cpu",), host_int8.run, host_int8.refuses),
+            registry.Implementation("host_cpp", ("cpu",), host_int8.run, host_int8.refuses, host_int8.direct),
             _on_card(check.int8_gemm, triton_int8.run, triton_int8.refuses),
         ),
     )

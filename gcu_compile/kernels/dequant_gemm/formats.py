@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,10 @@ class Linear:
     zeros: torch.Tensor | None
     g_idx: torch.Tensor | None
     order: torch.Tensor | None
+
+    def of_integers(self) -> Linear:
+        """The same for `gcu::int8_gemm`, whose host kernel converts scales of other dtypes at every call."""
+        return replace(self, scales=self.scales.float())
 
 
 def prepare(

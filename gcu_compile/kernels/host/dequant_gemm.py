@@ -10,6 +10,7 @@ from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check, layouts
 from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
+from gcu_compile.kernels.host.known import Known, as_they_lie
 
 # `struct Arguments` of dequant_gemm.cpp, field by field: pointers, sizes, dtypes. Packed, not built as a ctypes
 # structure: that takes longer than a small product.
@@ -56,33 +57,72 @@ def once(check_arguments, tensors: tuple[torch.Tensor | None, ...], **options) -
     _checked.add(key)
 
 
-def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:
-    """`gcu::dequant_gemm`; see `dequant_gemm/eager.py`.
+class Layer:
+    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it. Others hold the tensors.
 
     Between two products of a model the weights of the first have swept this code out of the caches: what is not asked
     for is not touched, for at one row that takes as long as the product.
     """
+
+    __slots__ = ("groups", "k", "layout", "n", "numbers", "pointers")
+
+    def __init__(self, layout: str, k: int, weight, scales, zeros, bias, g_idx):
+        self.groups, self.n = scales.shape
+        self.layout, self.k = layout, k
+        self.pointers = tuple(0 if x is None else x.data_ptr() for x in (weight, scales, zeros, g_idx, bias))
+        dtypes = (NONE if x is None else DTYPES[x.dtype] for x in (scales, zeros, bias))
+        self.numbers = (*dtypes, layouts.get(layout).bits)
+
+    def multiply(self, x: torch.Tensor, m: int, stride: int) -> torch.Tensor:
+        """[m, n] of x [m, k], rows `stride` apart."""
+        y = torch.empty((m, self.n), dtype=x.dtype)
+        if m:
+            sizes = (m, self.k, self.n, self.groups, stride)
+            numbers = (DTYPES[x.dtype], *self.numbers, torch.get_num_threads())
+            fields = FIELDS.pack(x.data_ptr(), *self.pointers, y.data_ptr(), *sizes, *numbers)
+            build.load("dequant_gemm").gcu_dequant_gemm(fields)
+        return y
+
+
+_layers = Known()
+
+
+def rows_of(x: torch.Tensor, k: int) -> tuple[torch.Tensor, int, int]:
+    """(x as rows of `k` neighbouring values, how many, how far from each other)"""
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    stride, inner = rows.stride()
+    if inner != 1:
+        rows, stride = rows.contiguous(), k
+    return rows, rows.shape[0], stride
+
+
+def run(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor:
+    """`gcu::dequant_gemm`; see `dequant_gemm/eager.py`."""
     once(check.dequant_gemm, (x, weight, scales, zeros, g_idx, bias), layout=layout)
     groups, n = scales.shape
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    y = torch.empty(rows.shape[0], n, dtype=x.dtype)
-    # Converted tensors must live until the call is over.
+    k, given = x.shape[-1], (weight, scales, zeros, bias)
     if layout not in prepack.NATIVE.values():
         weight, zeros = prepack.native(weight, layout, n, k), prepack.zeros_of(zeros, layout)
-    weight, scales = weight.contiguous(), whole(scales, (groups, n))
-    if zeros is not None:
-        zeros = whole(zeros, (groups, n))
-    if bias is not None:
-        bias = whole(bias, (n,))
     if g_idx is not None:
         g_idx = check.group_indices(g_idx.to(torch.int32).contiguous(), groups)
-    if rows.shape[0]:
-        fields = _fields(rows, weight, scales, zeros, g_idx, bias, y, layouts.get(layout).bits)
-        build.load("dequant_gemm").gcu_dequant_gemm(FIELDS.pack(*fields))
+    scales, zeros = whole(scales, (groups, n)), whole(zeros, (groups, n))
+    read = (weight.contiguous(), scales, zeros, whole(bias, (n,)))  # they live until the product is there
+    layer = Layer(layout, k, *read, g_idx)
+    if g_idx is None and as_they_lie(given, read):  # the values of a g_idx are checked each time
+        _layers.keep(layer, *given)
+    y = layer.multiply(*rows_of(x, k))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def direct(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str) -> torch.Tensor | None:
+    """`run` for a layer that it met before; None: it is another, or there is more to look at."""
+    layer = None if g_idx is not None else _layers.find(weight, scales, zeros, bias)
+    if layer is None or layer.layout != layout or x.dim() != 2:
+        return None
+    (m, k), (stride, inner) = x.shape, x.stride()
+    if k != layer.k or inner != 1 or x.dtype not in FLOATS or not x.is_cpu:
+        return None
+    return layer.multiply(x, m, stride)
 
 
 def _fields(x, weight, scales, zeros, g_idx, bias, y, bits: int) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import torch
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
 from gcu_compile.kernels.host import build, prepack
-from gcu_compile.kernels.host.dequant_gemm import between, once, whole
+from gcu_compile.kernels.host.dequant_gemm import between, once, rows_of, whole
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
+from gcu_compile.kernels.host.known import Known, as_they_lie
 
 # Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
 MOST_INPUTS = (2**31 - 1) // (255 * 128)
@@ -68,30 +69,97 @@ def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch
     return flat.expand(size).contiguous() if flat.shape[0] != size else flat.contiguous()
 
 
+class Layer:
+    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it. Others hold the tensors.
+
+    Between two products of a model the weights of the first have swept this code out of the caches: what is not asked
+    for is not touched, for at one row that takes as long as the product.
+    """
+
+    __slots__ = ("bias_dtype", "k", "layout", "n", "pointers")
+
+    def __init__(self, layout: str, n: int, k: int, weight, scales, zeros, bias):
+        self.layout, self.n, self.k = layout, n, k
+        self.pointers = tuple(0 if x is None else x.data_ptr() for x in (weight, scales, zeros, bias))
+        self.bias_dtype = NONE if bias is None else DTYPES[bias.dtype]
+
+    def multiply(self, x, m, stride, x_scales, x_zeros, out_dtype) -> torch.Tensor:
+        """[m, n] of x [m, k], rows `stride` apart, and a contiguous scale (and zero) for each row, or none."""
+        y = torch.empty((m, self.n), dtype=out_dtype)
+        if m:
+            fields = FIELDS.pack(
+                x.data_ptr(),
+                0 if x_scales is None else x_scales.data_ptr(),
+                0 if x_zeros is None else x_zeros.data_ptr(),
+                *self.pointers,
+                y.data_ptr(),
+                m,
+                self.k,
+                self.n,
+                stride,
+                DTYPES[x.dtype],
+                DTYPES[out_dtype],
+                self.bias_dtype,
+                torch.get_num_threads(),
+            )
+            build.load("int8_gemm").gcu_int8_gemm(fields)
+        return y
+
+
+_layers = Known()
+
+
 def run(
     x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
 ) -> torch.Tensor:
     """`gcu::int8_gemm`; see `dequant_gemm/eager.py`."""
     once(check.int8_gemm, (x, weight, scales, x_scales, x_zeros, zeros, bias), layout=layout, out_dtype=out_dtype)
     n, k = scales.shape[-1], x.shape[-1]
-    out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    m = rows.shape[0]
-    y = torch.empty(m, n, dtype=out_dtype)
-    if m == 0:
-        return y.view(*x.shape[:-1], n)
-    # Converted tensors must live until the call is over. What is not asked for is not touched: see dequant_gemm.run.
+    given = (weight, scales, zeros, bias)
     if layout not in prepack.NATIVE.values():
         weight, zeros = prepack.native(weight, layout, n, k), prepack.zeros_of(zeros, layout)
-    if bias is not None:
-        bias = whole(bias, (n,))
-    of_x = (rows, _column(x_scales, m, torch.float32), _column(x_zeros, m, torch.int32))
-    of_weight = (weight.contiguous(), _column(scales, n, torch.float32), _column(zeros, n, torch.int32), bias)
-    held = (*of_x, *of_weight, y)
-    build.load("int8_gemm").gcu_int8_gemm(FIELDS.pack(*_fields(*held)))
+    scales, zeros = _column(scales, n, torch.float32), _column(zeros, n, torch.int32)
+    read = (weight.contiguous(), scales, zeros, whole(bias, (n,)))  # they live until the product is there
+    layer = Layer(layout, n, k, *read)
+    if as_they_lie(given, read):
+        _layers.keep(layer, *given)
+    rows, m, stride = rows_of(x, k)
+    if out_dtype is None:
+        out_dtype = x.dtype if x.is_floating_point() else torch.float32
+    x_scales, x_zeros = _column(x_scales, m, torch.float32), _column(x_zeros, m, torch.int32)
+    y = layer.multiply(rows, m, stride, x_scales, x_zeros, out_dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def direct(
+    x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout: str, out_dtype=None
+) -> torch.Tensor | None:
+    """`run` for a layer that it met before; None: it is another, or there is more to look at."""
+    layer = _layers.find(weight, scales, zeros, bias)
+    if layer is None or layer.layout != layout or x.dim() != 2:
+        return None
+    (m, k), (stride, inner), dtype = x.shape, x.stride(), x.dtype
+    if k != layer.k or inner != 1 or not x.is_cpu:
+        return None
+    if dtype is torch.int8:
+        if x_scales is None:
+            return None
+        out_dtype = out_dtype or torch.float32
+    elif dtype in FLOATS:
+        out_dtype = out_dtype or dtype
+    else:
+        return None
+    if out_dtype not in FLOATS:
+        return None
+    if x_scales is not None and not _is_column(x_scales, m, torch.float32):
+        return None
+    if x_zeros is not None and (x_scales is None or not _is_column(x_zeros, m, torch.int32)):
+        return None
+    return layer.multiply(x, m, stride, x_scales, x_zeros, out_dtype)
+
+
+def _is_column(tensor: torch.Tensor, m: int, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.shape == (m, 1) and tensor.is_contiguous() and tensor.is_cpu
 
 
 def _fields(x, x_scales, x_zeros, weight, scales, zeros, bias, y) -> tuple[int, ...]:
