@@ -13,6 +13,7 @@
 #include "amx_digits.h"
 #include "amx_softmax.h"
 #include "bf16.h"
+#include "keys.h"
 #include "matmul.h"
 
 namespace {
@@ -154,10 +155,10 @@ struct AmxBF16 : BF16 {
     if (M == 2 && N == 2) _tile_stored(3, c2 + 16, ldc * 4);
   }
 
-  static void weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Ahead ahead);
+  static void weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Coming& coming);
 
   // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 16 keys.
-  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Ahead ahead);
+  static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Coming& coming);
 };
 
 #pragma GCC pop_options

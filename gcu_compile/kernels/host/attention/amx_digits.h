@@ -17,7 +17,7 @@
 #include <cstring>
 
 #include "../amx.h"
-#include "rows.h"
+#include "keys.h"
 
 namespace {
 
@@ -27,7 +27,7 @@ namespace {
 struct Digits {
   static constexpr int KEYS = TILE_KEYS_DECODE, CHUNK = 64;  // bytes of a row of a tile
   static constexpr int OF_Q = 3, ROWS = 4;                   // rows whose digits share a tile
-  static constexpr int WEIGHED = 8;
+  static constexpr int WEIGHED = 8, PACKED = KEYS * CHUNK;
 
   // Queries [rows, d] as tiles of 64 numbers: a step of four numbers, 16 columns (first digits of four rows, second ...).
   void load(const uint16_t* q, int rows, int64_t d, int8_t* panel) {
@@ -60,39 +60,36 @@ struct Digits {
   }
 
   // Scores of `from`'s keys, rows TILE_KEYS apart. zeros: zero points of the keys, or null.
-  void scores(const int8_t* panel, int rows, const Source& from, const float* zeros, char* copy, float* s, Ahead ahead) const {
-    alignas(64) int32_t sums[4][16][16];
-    for (int key = 0; key < from.n; key += 64) {
-      const int tiles = (std::min(64, from.n - key) + 15) / 16;
-      const char* at[4];
-      int64_t stride[4];
-      for (int i = 0; i < tiles; ++i) {
-        const int first = key + 16 * i, last = first + 15;
-        ahead.fetch<FAR>(first, last + 1);
-        at[i] = from.keys[first].at, stride[i] = from.stride;
-        if (from.even && last < from.n && from.keys[last].at - at[i] == 15 * from.stride) continue;
-        at[i] = copy + i * 16 * CHUNK * chunks_, stride[i] = CHUNK * chunks_;
-        for (int k = first; k < std::min(last + 1, from.n); ++k)
-          for (int64_t c = 0; c < chunks_; ++c)
-            _mm512_storeu_si512(copy + (k - key) * stride[i] + c * CHUNK, bytes(from.keys[k].at + c * CHUNK, from.dim - c * CHUNK));
+  void scores(const int8_t* panel, int rows, const Source& from, const float* zeros, char* copy, float* s, Coming& coming) const {
+    alignas(64) int32_t sums[2][16][16];
+    int now = 0, row = 0, key = 0;
+    auto turn = [&] { together(sums[now ^ 1], row, zeros ? zeros + key : nullptr, s + row * TILE_KEYS + key); };
+    for (int next = 0; next < from.n; next += 16) {
+      const char* at = from.keys[next].at;
+      int64_t stride = from.stride;
+      coming.fetch(12);
+      if (!from.even || next + 15 >= from.n || from.keys[next + 15].at - at != 15 * stride) {
+        for (int k = next; k < std::min(next + 16, from.n); ++k)
+          for (int64_t c = 0; c < chunks_ * CHUNK; c += CHUNK)
+            _mm512_storeu_si512(copy + (k - next) * CHUNK * chunks_ + c, bytes(from.keys[k].at + c, from.dim - c));
+        at = copy, stride = CHUNK * chunks_;
       }
-      for (int row = 0; row < rows; row += ROWS) {
-        const int8_t* q = panel + row / ROWS * chunks_ * 1024;
+      for (int next_row = 0; next_row < rows; next_row += ROWS, now ^= 1) {  // vectors work on the tile before
+        const int8_t* q = panel + next_row / ROWS * chunks_ * 1024;
         amx::fence();
-        for (int i = 0; i < tiles; ++i) {
-          _tile_zero(0);
-          for (int64_t c = 0; c < chunks_; ++c) {
-            _tile_loadd(4, at[i] + c * CHUNK, stride[i]);
-            _tile_loadd(6, q + c * 1024, 64);
-            _tile_dpbssd(0, 4, 6);
-          }
-          _tile_stored(0, sums[i], 64);
+        _tile_zero(0);
+        for (int64_t c = 0; c < chunks_; ++c) {
+          _tile_loadd(4, at + c * CHUNK, stride);
+          _tile_loadd(6, q + c * 1024, 64);
+          _tile_dpbssd(0, 4, 6);
         }
+        _tile_stored(0, sums[now], 64);
         amx::fence();
-        for (int i = 0; i < tiles; ++i)
-          together(sums[i], row, zeros ? zeros + key + 16 * i : nullptr, s + row * TILE_KEYS + key + 16 * i);
+        if (next || next_row) turn();
+        row = next_row, key = next;
       }
     }
+    turn();
   }
 
   // Weights of 128 keys, rows TILE_KEYS apart, as tiles of digits: first digits of eight rows, second ones.
@@ -121,14 +118,15 @@ struct Digits {
   }
 
   // o [rows, dim] += the weights' digits times the values; columns in an order that `settle` undoes.
-  void weigh(const int8_t* p, int rows, const Row* values, int n, int64_t dim, char* packed, float* o, int64_t ldo, Ahead ahead) const {
+  void weigh(const int8_t* p, int rows, const Row* values, int n, int64_t dim, char* packed, float* o, int64_t ldo, Coming& coming) const {
     alignas(64) int32_t sums[4][16][16];
+    const bool both = n > 64;
+    pack(values, n, 0, dim, packed, coming);
     for (int64_t d = 0; d < dim; d += CHUNK, o += CHUNK) {
-      pack(values, n, d, dim - d, packed);
-      if (d == 0) ahead.fetch<FAR>(0, 128);
+      char* next = d / CHUNK % 2 ? packed - PACKED : packed + PACKED;
+      if (d + CHUNK < dim) pack(values, n, d + CHUNK, dim - d - CHUNK, next, coming);  // what was packed before is in place
       for (int row = 0; row < rows; row += WEIGHED) {
         const int8_t* at = p + row / WEIGHED * 2048;
-        const bool both = n > 64;
         amx::fence();
         _tile_loadd(4, at, 64);
         _tile_zero(0);
@@ -170,6 +168,7 @@ struct Digits {
             _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(weight_unit_[r]), before));
           }
       }
+      packed = next;
     }
   }
 
@@ -225,10 +224,11 @@ struct Digits {
 
   // 64 columns from d on of up to 128 keys, as tiles of 64 keys and 16 columns: four keys' numbers side by side. Behind
   // the last key are numbers of any key, for weights are 0 there.
-  static void pack(const Row* values, int n, int64_t d, int64_t left, char* to) {
+  static void pack(const Row* values, int n, int64_t d, int64_t left, char* to, Coming& coming) {
     for (int key = 0; key < int(rounded(n, 64)); key += 64, to += 3072)
 #pragma GCC unroll 2
       for (int k = key; k < key + 64; k += 4, to += 64) {
+        coming.fetch(2);
         auto row = [&](int i) __attribute__((always_inline)) { return bytes(values[std::min(k + i, n - 1)].at + d, left); };
         __m512i a = row(0), b = row(1), c = row(2), e = row(3);
         __m512i ab = _mm512_unpacklo_epi8(a, b), ce = _mm512_unpacklo_epi8(c, e);

@@ -4,8 +4,8 @@
 //   sums [16 rows, size] += P [16 rows, keys] V, V's rows in pairs
 //
 // Keys that do not lie at even distances, and those of a size that is no multiple of 32, are copied first. V is packed in
-// groups of 32 keys and 64 columns, which stay in L1. Rows of the next block are prefetched, for blocks lie in no order
-// that the CPU's own prefetcher would see. An int8 cache is amx_digits.h's.
+// groups of 32 keys and 64 columns, which stay in L1. Meanwhile rows of the next block are prefetched (`Coming`),
+// as many at a time as spread them over this one. An int8 cache is amx_digits.h's.
 #pragma once
 
 namespace {
@@ -63,11 +63,12 @@ inline void turn_four(const float (&from)[16][16], float* to) {
 
 // Of 32 keys and 64 columns from d on, tiles of 16 columns: keys 2s and 2s + 1 side by side, columns in the order that
 // `settle` undoes, but for a last strip of 16.
-[[gnu::always_inline]] inline void pack_group(const Row* values, int n, int64_t dim, int64_t d, uint16_t* to) {
+[[gnu::always_inline]] inline void pack_group(const Row* values, int n, int64_t dim, int64_t d, uint16_t* to, Coming& coming) {
   if (n >= 32 && d + 64 <= dim) {
 #pragma GCC unroll 2
     for (int s = 0; s < 16; ++s, to += 32) {
       const char *a = values[2 * s].at + 2 * d, *b = values[2 * s + 1].at + 2 * d;
+      coming.fetch(1);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
         AmxBF16::put<false>(_mm512_loadu_si512(a + 64 * half), _mm512_loadu_si512(b + 64 * half), to + 1024 * half, 512);
@@ -85,7 +86,7 @@ inline void turn_four(const float (&from)[16][16], float* to) {
 
 // 64 columns from d on, of which `strips` strips of 16 are there.
 inline void weighed_columns(const uint16_t* p, const Row* values, int n, int64_t dim, int64_t d, int strips, uint16_t* packed, float* c,
-                            int64_t ldc, bool add, Ahead ahead) {
+                            int64_t ldc, bool add, Coming& coming) {
   amx::fence();
   if (add) {
     _tile_loadd(0, c, ldc * 4);
@@ -98,11 +99,10 @@ inline void weighed_columns(const uint16_t* p, const Row* values, int n, int64_t
     _tile_zero(2);
     _tile_zero(3);
   }
-  pack_group(values, n, dim, d, packed);
+  pack_group(values, n, dim, d, packed, coming);
   for (int key = 0; key < n; key += 32) {  // a group is packed while the one before is multiplied
     const uint16_t* b = packed + key / 32 % 2 * 2048;
-    if (key + 32 < n) pack_group(values + key + 32, n - key - 32, dim, d, packed + (key / 32 + 1) % 2 * 2048);
-    ahead.fetch<FAR>(key + (d ? 16 : 0), key + (d ? 32 : 16));
+    if (key + 32 < n) pack_group(values + key + 32, n - key - 32, dim, d, packed + (key / 32 + 1) % 2 * 2048, coming);
     amx::fence();
     _tile_loadd(4, p + key, TILE_KEYS * 2);
     _tile_loadd(5, b, 64);
@@ -122,12 +122,12 @@ inline void weighed_columns(const uint16_t* p, const Row* values, int n, int64_t
   amx::fence();
 }
 
-void AmxBF16::weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Ahead ahead) {
+void AmxBF16::weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Coming& coming) {
   for (int64_t d = 0; d < ldo; d += 64)
-    weighed_columns(p, values, n, dim, d, int(std::min<int64_t>(64, ldo - d) / 16), packed, o + d, ldo, add, ahead);
+    weighed_columns(p, values, n, dim, d, int(std::min<int64_t>(64, ldo - d) / 16), packed, o + d, ldo, add, coming);
 }
 
-void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Ahead ahead) {
+void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Coming& coming) {
   alignas(64) float result[4][16][16];
   for (int key = 0; key < from.n; key += 64) {
     const int tiles = (std::min(64, from.n - key) + 15) / 16;
@@ -139,7 +139,7 @@ void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64
         copy_keys(from, first, d, copy);
         at = reinterpret_cast<const char*>(copy), stride = 2 * d;
       }
-      ahead.fetch<FAR>(first, first + 16);
+      coming.fetch(12);
       key_tile(at, stride, turned, d, result[i][0]);
     }
     for (int i = 0; i < tiles; ++i) rows <= 4 ? turn_four(result[i], s + key + 16 * i) : turn(result[i], s + key + 16 * i);

@@ -25,17 +25,14 @@ struct Source {
   int64_t dim, stride;  // in bytes, from key to key
 };
 
-constexpr int FAR = 1;  // locality of rows that are read so late that they would only be in the way in the first cache
-
 // Rows that will be read soon: memory answers while others are computed.
 struct Ahead {
   const Row* rows = nullptr;
   int n = 0;
   int64_t bytes = 0;
-  template <int LOCALITY = 3>
   void fetch(int from, int to) const {
     for (int i = from; i < std::min(to, n); ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, LOCALITY);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, 3);
   }
 };
 

@@ -166,26 +166,29 @@ class Tile {
     started_[0] = true;
     if constexpr (P::BY_TILES) {
       const int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
-      const Ahead k_ahead{next_->k, next_->n, in_.head_dim * size_}, v_ahead{next_->v, next_->n, in_.v_dim * size_};
+      Coming coming(*next_, in_.head_dim * size_, in_.v_dim * size_);
       const bool even = in_.head_dim % (64 / size_) == 0 && block_size >= 16;
       const Source source{at.k, at.n, even, in_.head_dim, stride};
       auto weigh_rows = [&](auto* p) {
         for (int row = 0; row < rows_; ++row)
-          for (int64_t from = 0; from < end; from += 64)
+          for (int64_t from = 0; from < end; from += 64) {
+            coming.fetch(4);
             weigh(row, s_ + row * TILE_KEYS, p + row * TILE_KEYS, key, from, std::min(from + 64, end));
+          }
       };
       if (digits()) {
         digits_.scores(reinterpret_cast<int8_t*>(turned()), rows_, source, in_.k_zero ? at.k_zero : nullptr,
-                       reinterpret_cast<char*>(k_), s_, k_ahead);
+                       reinterpret_cast<char*>(k_), s_, coming);
         weigh_rows(s_);
         for (int row = 0; row < rows_ && end < TILE_KEYS_DECODE; ++row) std::fill(s_ + row * TILE_KEYS + end, s_ + row * TILE_KEYS + TILE_KEYS_DECODE, 0.0f);
         digits_.weights(s_, rows_, in_.v_zero ? at.v_zero : nullptr, reinterpret_cast<int8_t*>(p_));
-        digits_.weigh(reinterpret_cast<int8_t*>(p_), rows_, at.v, at.n, in_.v_dim, reinterpret_cast<char*>(v_), o_, ldo_, v_ahead);
+        digits_.weigh(reinterpret_cast<int8_t*>(p_), rows_, at.v, at.n, in_.v_dim, reinterpret_cast<char*>(v_), o_, ldo_, coming);
       } else {
-        P::scores(turned(), rows_, source, d_, k_, s_, k_ahead);
+        P::scores(turned(), rows_, source, d_, k_, s_, coming);
         weigh_rows(p_);
-        P::weigh(p_, at.v, at.n, in_.v_dim, v_, o_, dv_, alpha, v_ahead);
+        P::weigh(p_, at.v, at.n, in_.v_dim, v_, o_, dv_, alpha, coming);
       }
+      coming.fetch(2 * TILE_KEYS);
     } else if constexpr (P::FEW > 0) {
       P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
