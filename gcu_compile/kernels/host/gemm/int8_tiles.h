@@ -10,6 +10,7 @@
 
 #if defined(__AMX_TILE__)
 
+#include "fetch.h"
 #include "int8_product.h"
 #include "room.h"
 
@@ -63,7 +64,11 @@ class TileProduct : public Int8Product {
   }
 
   void keep(int64_t row, const int8_t* codes) override {
-    for (int64_t step = 0; step < steps_; ++step) std::memcpy(x(row, step) + row % 16 * 64, codes + step * 64, 64);
+    for (int64_t step = 0; step < steps_; ++step) {
+      char* out = x(row, step) + row % 16 * 64;
+      std::memcpy(out, codes + step * 64, 64);
+      if (row % 16 < 15) __builtin_prefetch(out + 64, 1);  // of the next row
+    }
   }
 
   void multiply(int64_t tile, int count, int64_t first, int64_t pad, int32_t* sums) const {
@@ -72,6 +77,7 @@ class TileProduct : public Int8Product {
     for (int64_t begin = 0; begin < steps_; begin += DEPTH) {
       int steps = int(std::min(DEPTH, steps_ - begin));
       bool last = begin + steps == steps_, partial = last && words_ % WORDS;
+      const void* coming = nullptr;  // sums
       Ahead ahead[GROUP];
       for (int t = 0; t < count; ++t) {
         const int32_t* next = last ? weights(tile + count + t) : weights(tile + t) + (begin + DEPTH) * WORDS * TILE;
@@ -82,12 +88,20 @@ class TileProduct : public Int8Product {
         for (int t = 0; t < count; ++t) {
           const int32_t *w = weights(tile + t) + begin * WORDS * TILE, *end = partial ? rest[t] : nullptr;
           int32_t* out = sums + (t * pad + r * 16) * TILE;
+          const int32_t* after = t + 1 < count ? out + pad * TILE : sums + (r + 2) * 16 * TILE;
           const char* rows = x(first + r * 16, begin);
+          auto between = [&] {
+            ahead[t].fetch();
+            fetch_sums(coming);
+          };
           if (r + 1 < tiles) {
-            unit<2>(rows, steps, w, end, begin == 0, out, ahead[t]);
-            unit<2>(rows, steps, w + 32, end ? end + 32 : end, begin == 0, out + 32, ahead[t]);
+            coming = out + 32;
+            unit<2>(rows, steps, w, end, begin == 0, out, between);
+            coming = after;
+            unit<2>(rows, steps, w + 32, end ? end + 32 : end, begin == 0, out + 32, between);
           } else {
-            unit<1>(rows, steps, w, end, begin == 0, out, ahead[t]);
+            coming = after;
+            unit<1>(rows, steps, w, end, begin == 0, out, between);
           }
         }
     }
@@ -102,9 +116,9 @@ class TileProduct : public Int8Product {
   }
 
   // Two tiles of rows and two of outputs, or one and four: sums (+)= x w. `last`: the weights of the last step.
-  template <int ROWS>
+  template <int ROWS, class Between>
   static void unit(const char* x, int steps, const int32_t* w, const int32_t* last, bool fresh, int32_t* sums,
-                   Ahead& ahead) {
+                   Between between) {
     constexpr int64_t PITCH = TILE * 4;
     int32_t *second = ROWS == 2 ? sums + 16 * TILE : sums + 32;
     if (fresh) {
@@ -136,7 +150,7 @@ class TileProduct : public Int8Product {
         _tile_stream_loadd(7, w + 48, PITCH);
         _tile_dpbssd(3, 4, 7);
       }
-      ahead.fetch();
+      between();
     }
     _tile_stored(0, sums, PITCH);
     _tile_stored(1, sums + 16, PITCH);

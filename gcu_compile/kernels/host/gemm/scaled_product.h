@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "amx_tiles.h"
+#include "fetch.h"
 #include "layer.h"
 #include "room.h"
 
@@ -214,10 +215,10 @@ class ScaledProduct : public Layer<BITS> {
     constexpr int64_t PITCH = TILE * 4;  // bytes of a row of sums
     const int64_t tiles = set.end - set.first, rows = tiles * height_, steps = depth(block);
     const int64_t units = tiles / 2 * 2 + tiles % 2, parts = units * set.many * steps;
-    const float* next = nullptr;  // sums that are wanted after these: fetched, two rows in every step
+    const void* next = nullptr;  // sums
     auto between = [&](int) {
       unpacking.part(parts);
-      for (int i = 0; i < 2; ++i, next += TILE) __builtin_prefetch(next, 1), __builtin_prefetch(next + 16, 1);
+      fetch_sums(next);
     };
     for (int64_t row = 0; row < tiles; row += 2)
       for (int64_t t = 0; t < set.many; ++t) {
