@@ -5,7 +5,9 @@
 //   sum_k x (code - zero) scale = scale * (sum_k x (code - mid) - (zero - mid) * sum_k x)
 // Groups that cut words, and act-order, are dequantised input by input into float32 instead. With AMX its tiles make
 // the products of bf16, but for one or two rows. For many rows it multiplies weights that are scaled and rounded to bf16
-// when they are unpacked: applying a scale to the sums of each group takes as long as their products.
+// when they are unpacked: applying a scale to the sums of each group takes as long as their products. A row or two and
+// codes of 4 bits are multiplied as integers, where there is an instruction for it.
+#include "gemm/digit_product.h"
 #include "gemm/product.h"
 #include "gemm/scaled_product.h"
 #include "gemm/tile_product.h"
@@ -16,6 +18,9 @@ constexpr int VECTOR_ROWS = 2;   // up to so many, a product on vectors ends bef
 constexpr int SCALED_FROM = 65;  // from so many, scaling the weights takes less than scaling the sums of their groups
 template <int BITS>
 std::unique_ptr<Job> product(const Arguments& in) {
+#if defined(__AVX512VNNI__)
+  if (BITS == 4 && DigitProduct::takes(in)) return std::make_unique<DigitProduct>(in);
+#endif
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
   if (in.m >= SCALED_FROM && in.x_dtype == BF16) return std::make_unique<ScaledProduct<BITS>>(in);
   if (in.m > VECTOR_ROWS && TileProduct<BITS>::takes(in)) return std::make_unique<TileProduct<BITS>>(in);
