@@ -137,7 +137,7 @@ def test_rows_to_mislead(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(rows_to_mislead())
 def test_long_sweep_of_rows_to_mislead(case):
     check_misled(case)
