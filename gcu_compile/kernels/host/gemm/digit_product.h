@@ -20,10 +20,13 @@ class DigitProduct : public Layer<4> {
 
  public:
   static constexpr int64_t MOST_ROWS = 2;
+  static constexpr int64_t MOST_INPUTS = 1 << 20;  // of a group: a digit is at most 128, a code 15, and sums are int32
 
   // No infinities and NaN, which have no digits.
   static bool takes(const Arguments& in) {
-    if (in.x_dtype != BF16 || in.m > MOST_ROWS || in.g_idx || (in.groups > 1 && in.k / in.groups % 8)) return false;
+    const int64_t group = in.k / in.groups;
+    if (in.x_dtype != BF16 || in.m > MOST_ROWS || in.g_idx || (in.groups > 1 && group % 8) || group > MOST_INPUTS)
+      return false;
     uint32_t largest = 0;
     for (int64_t row = 0; row < in.m; ++row) {
       auto* x = static_cast<const uint16_t*>(in.x) + row * in.x_stride;
