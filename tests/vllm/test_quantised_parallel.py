@@ -21,23 +21,24 @@ def prompts():
     return [[source.randrange(2, LLAMA["vocab_size"]) for _ in range(length)] for length in (2, 5, 23, 40)]
 
 
-def test_two_workers_say_what_one_says(tmp_path):
-    requests, chosen = [], {}
+@pytest.mark.parametrize("name", CHOSEN)
+def test_two_workers_say_what_one_says(name, tmp_path):
     sampling = {"temperature": 0, "max_tokens": 8, "prompt_logprobs": 0, "detokenize": False, "ignore_eos": True}
-    for index, name in enumerate(CHOSEN):
-        chosen[name] = replace(FORMS[name], group=32 if FORMS[name].group else FORMS[name].group)
-        folder = save(chosen[name], save_llama(tmp_path / f"plain{index}"), tmp_path / f"model{index}")
-        llm = {"model": str(folder), **SMALL, "enforce_eager": True}
-        for workers in (1, 2):
-            more = {"tensor_parallel_size": workers}
-            requests.append({"llm": {**llm, **more}, "prompts": prompts(), "sampling": sampling})
+    chosen = replace(FORMS[name], group=32 if FORMS[name].group else FORMS[name].group)
+    folder = save(chosen, save_llama(tmp_path / "plain"), tmp_path / "model")
+    requests = [
+        {
+            "llm": {"model": str(folder), **SMALL, "enforce_eager": True, "tensor_parallel_size": workers},
+            "prompts": prompts(),
+            "sampling": sampling,
+        }
+        for workers in (1, 2)
+    ]
     # One NUMA node cannot bind the threads of two workers: none is bound.
-    replies = iter(run(tmp_path / "run", requests, timeout=900, VLLM_CPU_OMP_THREADS_BIND="nobind"))
-    for name in CHOSEN:
-        one, two = next(replies), next(replies)
-        if chosen[name].activations != "dynamic":
-            check_logprobs(replace(chosen[name], activations=""), two["logprobs"], one["logprobs"], [], name)
-            assert two["tokens"] == one["tokens"], name
-        else:  # each worker has its own scale for its part of a token
-            found, expected = (torch.tensor(sum(reply["logprobs"], [])) for reply in (two, one))
-            assert (found - expected).abs().mean() < 0.05
+    one, two = run(tmp_path / "run", requests, timeout=900, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    if chosen.activations != "dynamic":
+        check_logprobs(replace(chosen, activations=""), two["logprobs"], one["logprobs"], [], name)
+        assert two["tokens"] == one["tokens"], name
+    else:  # each worker has its own scale for its part of a token
+        found, expected = (torch.tensor(sum(reply["logprobs"], [])) for reply in (two, one))
+        assert (found - expected).abs().mean() < 0.05
