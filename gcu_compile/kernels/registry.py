@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from gcu_compile.errors import UnknownNameError
+from gcu_compile.errors import KernelBuildError, UnknownNameError
 
 log = logging.getLogger(__name__)
 LIBRARY = torch.library.Library("gcu", "FRAGMENT")
@@ -54,7 +54,7 @@ class Implementation:
         run: called with the operation's arguments; returns its result.
         refuses: called with the same arguments; the reason why it cannot take them, or None.
         direct: of one that serves the CPU: called first, with the same arguments. The result, or None for all that it
-            would have to look at more closely; it raises nothing of its own.
+            would have to look at more closely. It raises `KernelBuildError` only, after which `refuses` is asked.
     """
 
     name: str
@@ -151,7 +151,10 @@ def directly(op: FusedOp) -> Callable:
 
     def call(*args, site: str = "", **kwargs):
         if watcher is None:
-            result = direct(*args, **kwargs)
+            try:
+                result = direct(*args, **kwargs)
+            except KernelBuildError:  # the environment changed since; the dispatch meets it too, and says so
+                result = None
             if result is not None:
                 calls[key] += 1
                 return result

@@ -30,8 +30,8 @@ class Known:
             and kept.scales is scales
             and kept.zeros is zeros
             and kept.bias is bias
-            and (weight.data_ptr(), weight.numel(), weight.dtype, weight.is_contiguous()) == kept.of_weight
-            and (scales.data_ptr(), scales.numel(), scales.dtype, scales.is_contiguous()) == kept.of_scales
+            and (weight.data_ptr(), weight.shape, weight.dtype, weight.is_contiguous()) == kept.of_weight
+            and (scales.data_ptr(), scales.shape, scales.dtype, scales.is_contiguous()) == kept.of_scales
             and (zeros is None or _form(zeros) == kept.of_zeros)
             and (bias is None or _form(bias) == kept.of_bias)
         ):
@@ -63,4 +63,4 @@ def as_they_lie(given: tuple[Optional, ...], read: tuple[Optional, ...]) -> bool
 
 def _form(tensor: Optional) -> tuple | None:
     """Where and how it lies: the same array of numbers, as long as this is the same."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous())
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous())

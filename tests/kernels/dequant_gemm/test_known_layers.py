@@ -8,7 +8,7 @@ import torch
 from dequant_cases import FLOATS, assert_close, dequant_arguments, dequant_reference
 from test_host_int8 import arguments as int8_arguments
 
-from gcu_compile.errors import InvalidInputError
+from gcu_compile.errors import InvalidInputError, KernelBuildError
 from gcu_compile.kernels import direct, registry
 from gcu_compile.kernels.dequant_gemm import eager
 from gcu_compile.kernels.host import dequant_gemm as host
@@ -127,6 +127,35 @@ def test_a_form_that_changed_in_place_is_an_error(op):
     given["weight"].resize_(1, 8, 64)
     with pytest.raises(InvalidInputError, match="weight is"):
         call(op, given)
+
+
+@each_kind
+def test_a_shape_that_changed_in_place_is_an_error_though_the_numbers_stayed(op):
+    given = KINDS[op][0](bias=True)
+    call(op, given)
+    for name, said in (("weight", "weight is"), ("scales", "scales are|groups do not|weight is"), ("bias", "bias is")):
+        shape = given[name].shape
+        given[name].data = given[name].data.view(2, -1) if name == "bias" else given[name].data.view(-1, 1)
+        with pytest.raises(InvalidInputError, match=said):
+            getattr(torch.ops.gcu, op).default(**given)
+        given[name].data = given[name].data.view(shape)
+        call(op, given)
+
+
+@each_kind
+@pytest.mark.parametrize("way", ["torch.ops", "direct"])
+def test_a_library_that_can_no_longer_be_built_is_a_fallback_that_is_counted(op, way, monkeypatch):
+    given = KINDS[op][0]()
+    call(op, given)
+
+    def load(name):
+        raise KernelBuildError("no compiler any more")
+
+    monkeypatch.setattr(KINDS[op][2].build, "load", load)
+    monkeypatch.setattr(registry, "fallbacks", registry.fallbacks.copy())
+    y = getattr(direct, op)(**given) if way == "direct" else getattr(torch.ops.gcu, op).default(**given)
+    assert_close(y, meaning(op, given), KINDS[op][1])
+    assert registry.fallbacks[op, "host_cpp: no compiler any more"] == 1
 
 
 @each_kind
