@@ -159,6 +159,15 @@ def test_a_library_that_can_no_longer_be_built_is_a_fallback_that_is_counted(op,
 
 
 @each_kind
+def test_a_view_that_negates_is_negated(op):
+    given = KINDS[op][0]()
+    given["x"] = torch._neg_view(given["x"])
+    for _ in range(2):
+        y = getattr(direct, op)(**given)
+        assert_close(y, meaning(op, {**given, "x": given["x"].resolve_neg()}), KINDS[op][1])
+
+
+@each_kind
 def test_layers_share_nothing(op, monkeypatch):
     layers = [KINDS[op][0](seed) for seed in range(3)]
     layers.append({**layers[0], "weight": layers[1]["weight"].clone()})
