@@ -73,6 +73,19 @@ def test_queries_of_extreme_sizes_with_scales_that_undo_them(size):
     check(arguments)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_queries_whose_sum_float32_does_not_hold(zero):
+    arguments = decode(cache="tensor", zero=zero) | {"k_scale": torch.ones(1), "scale": 2e-38}
+    arguments["q"][:] = 1e37  # 64 of them are 6e38, while the products with these keys nearly cancel
+    keys = arguments["k_cache"]
+    keys[..., ::2], keys[..., 1::2] = 20, -20
+    keys[..., 0] += torch.arange(16, dtype=torch.int8)
+    if zero:
+        keys += 7
+        arguments["k_zero_point"][:] = 7
+    check(arguments)
+
+
 def test_a_large_number_of_a_query_leaves_the_others_their_places():
     arguments = decode()
     arguments["q"][..., 5] = 3000

@@ -55,7 +55,7 @@ struct Digits {
           for (int step = 0; step < 4; ++step) std::memcpy(to + step * 64 + 16 * digit, digits[digit] + 4 * step, 4);
       }
       unit_[row] = largest < INF ? std::ldexp(1.0f, exponent - 21) : NAN;
-      of_one_[row] = _mm512_reduce_add_ps(sum) * unit_[row];
+      of_one_[row] = _mm512_reduce_add_ps(sum);
     }
   }
 
@@ -217,8 +217,8 @@ struct Digits {
     for (int r = 0; r < 4; ++r) {
       __m512d low = _mm512_castps_pd(a[r / 2]), high = _mm512_castps_pd(a[2 + r / 2]);
       __m512 sum = _mm512_castpd_ps(r % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
-      __m512 minus = _mm512_mul_ps(z, _mm512_set1_ps(of_one_[row + r]));
-      _mm512_storeu_ps(to + r * TILE_KEYS, _mm512_fmsub_ps(sum, _mm512_set1_ps(unit_[row + r]), minus));
+      sum = _mm512_fnmadd_ps(z, _mm512_set1_ps(of_one_[row + r]), sum);
+      _mm512_storeu_ps(to + r * TILE_KEYS, _mm512_mul_ps(sum, _mm512_set1_ps(unit_[row + r])));
     }
   }
 
@@ -241,7 +241,7 @@ struct Digits {
   }
 
   int64_t chunks_;
-  float unit_[16] = {}, of_one_[16] = {};  // of a row's queries: a unit of n, and their sum
+  float unit_[16] = {}, of_one_[16] = {};  // of a row's queries: a unit of n, and the sum of n, which is finite whatever they are
   float weight_unit_[16], of_zeros_[16];   // of a row's weights, and their sum times the values' zero points
 };
 
