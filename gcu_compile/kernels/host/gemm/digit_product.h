@@ -1,7 +1,7 @@
 // The product of a row or two of bf16 with codes of 4 bits, in integers: vpdpbusd takes 64 codes where a dot product of
 // bf16 takes 32, and masking bytes is all the unpacking that it wants.
 //
-//   x = step * (65536 d2 + 256 d1 + d0), digits of 8 bits, with a step for each group: 2^-22 of its largest or less
+//   x = step * (65536 d2 + 256 d1 + d0), digits of 8 bits, with a step for each group: 2^-21 of its largest or less
 // What an x loses is less than float32 sums with that largest x would lose of it.
 #pragma once
 
