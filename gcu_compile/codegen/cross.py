@@ -193,5 +193,3 @@ def why(kernel: dict[str, Any], access: dict[str, Any]) -> str:
     findings = kernel["report"]["findings"]
     said = [f["message"] for f in findings if f["line"] == access["line"] and f["rule"] in access["reasons"]]
     return "; ".join(said) or ", ".join(access["reasons"])
-
-

@@ -152,5 +152,3 @@ class GcuWrapper(PythonWrapperCodegen):
         """Imports, with the runtime that guards and streams come from."""
         super().write_header()
         self.header.splice("import gcu_compile.codegen.runtime as gcu_runtime")
-
-

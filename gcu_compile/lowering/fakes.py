@@ -129,4 +129,3 @@ def _same_strides(left: torch.Tensor, right: torch.Tensor) -> bool:
         statically_known_true(a == b) or statically_known_true(size <= 1)
         for a, b, size in zip(left.stride(), right.stride(), left.shape, strict=True)
     )
-

@@ -189,5 +189,3 @@ def arranged(graph: torch.fx.Graph, node: Node, dims: tuple[int | None, ...]) ->
         if d is None:
             node = graph.call_function(aten.unsqueeze.default, (node, place))
     return node
-
-

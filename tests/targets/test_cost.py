@@ -114,4 +114,3 @@ def test_a_view_costs_nothing():
     assert is_view("aten.view_as_real.default") and not is_view("aten.copy_.default")
     view = predict_call("aten.unsqueeze.default", [((8, 8), 2, "bf16")], [((8, 1, 8), 2, "bf16")], S60)
     assert view.microseconds == 0 and view.launches == 0 and set(view.times) == set(BOUNDS)
-

@@ -58,11 +58,7 @@ def once(check_arguments, tensors: tuple[torch.Tensor | None, ...], **options) -
 
 
 class Layer:
-    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it. Others hold the tensors.
-
-    Between two products of a model the weights of the first have swept this code out of the caches: what is not asked
-    for is not touched, for at one row that takes as long as the product.
-    """
+    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it; it holds no tensor."""
 
     __slots__ = ("groups", "k", "layout", "n", "numbers", "pointers")
 
@@ -74,7 +70,7 @@ class Layer:
         self.numbers = (*dtypes, layouts.get(layout).bits)
 
     def multiply(self, x: torch.Tensor, m: int, stride: int) -> torch.Tensor:
-        """[m, n] of x [m, k], rows `stride` apart."""
+        """[m, n] of x [m, k], rows `stride` apart; float32, bfloat16 or float16, as the result."""
         y = torch.empty((m, self.n), dtype=x.dtype)
         if m:
             sizes = (m, self.k, self.n, self.groups, stride)

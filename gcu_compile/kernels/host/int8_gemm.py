@@ -70,11 +70,7 @@ def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch
 
 
 class Layer:
-    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it. Others hold the tensors.
-
-    Between two products of a model the weights of the first have swept this code out of the caches: what is not asked
-    for is not touched, for at one row that takes as long as the product.
-    """
+    """The weight's side of a product of `k` inputs and `n` outputs: where the kernel reads it; it holds no tensor."""
 
     __slots__ = ("bias_dtype", "k", "layout", "n", "pointers")
 
@@ -84,7 +80,11 @@ class Layer:
         self.bias_dtype = NONE if bias is None else DTYPES[bias.dtype]
 
     def multiply(self, x, m, stride, x_scales, x_zeros, out_dtype) -> torch.Tensor:
-        """[m, n] of x [m, k], rows `stride` apart, and a contiguous scale (and zero) for each row, or none."""
+        """[m, n] in `out_dtype` of x [m, k], rows `stride` apart.
+
+        x is int8, codes of x_scales [m, 1] float32 (and x_zeros [m, 1] int32), contiguous; or floating point, which is
+        quantised here: by those, or without them by a scale that each row gets.
+        """
         y = torch.empty((m, self.n), dtype=out_dtype)
         if m:
             fields = FIELDS.pack(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-Optional = torch.Tensor | None
+OrNone = torch.Tensor | None
 
 
 class Known:
@@ -21,7 +21,7 @@ class Known:
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
 
-    def find(self, weight: torch.Tensor, scales: torch.Tensor, zeros: Optional, bias: Optional) -> Any:
+    def find(self, weight: torch.Tensor, scales: torch.Tensor, zeros: OrNone, bias: OrNone) -> Any:
         """What `keep` was given for these tensors, if none of them was replaced, moved or took another form since."""
         kept = self._kept.get(id(weight))
         if (
@@ -30,6 +30,7 @@ class Known:
             and kept.scales is scales
             and kept.zeros is zeros
             and kept.bias is bias
+            # `_form` of the two that are always there, without its call
             and (weight.data_ptr(), weight.shape, weight.dtype, weight.is_contiguous()) == kept.of_weight
             and (scales.data_ptr(), scales.shape, scales.dtype, scales.is_contiguous()) == kept.of_scales
             and (zeros is None or _form(zeros) == kept.of_zeros)
@@ -38,7 +39,7 @@ class Known:
             return kept.found
         return None
 
-    def keep(self, found: Any, weight: torch.Tensor, scales: torch.Tensor, zeros: Optional, bias: Optional) -> None:
+    def keep(self, found: Any, weight: torch.Tensor, scales: torch.Tensor, zeros: OrNone, bias: OrNone) -> None:
         """`found` must not depend on the tensors' values, which may change."""
         key = id(weight)
         reference = weakref.ref(weight, lambda _: self._kept.pop(key, None))
@@ -55,12 +56,12 @@ class Kept:
         self.of_weight, self.of_scales, self.of_zeros, self.of_bias = map(_form, (weight, scales, zeros, bias))
 
 
-def as_they_lie(given: tuple[Optional, ...], read: tuple[Optional, ...]) -> bool:
+def as_they_lie(given: tuple[OrNone, ...], read: tuple[OrNone, ...]) -> bool:
     """Whether a kernel reads the tensors that it was given, and none that was made of them."""
     pairs = zip(given, read, strict=True)
     return all(a is b or (a.data_ptr() == b.data_ptr() and a.dtype is b.dtype) for a, b in pairs)
 
 
-def _form(tensor: Optional) -> tuple | None:
+def _form(tensor: OrNone) -> tuple | None:
     """Where and how it lies: the same array of numbers, as long as this is the same."""
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous())

@@ -112,7 +112,7 @@ def run_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int, norm
 def _arguments(logits: torch.Tensor, settings: dict) -> tuple[list[int], list[torch.Tensor]]:
     """All fields, and the converted tensors, which must live until the call is over. It runs in every step."""
     found = [0] * len(FIELDS)
-    found[:6] = (
+    found[:6] = (  # those that FIELDS begins with
         *(logits.data_ptr(), *logits.shape, logits.stride(0)),
         *(DTYPES[logits.dtype], torch.get_num_threads()),
     )

@@ -50,29 +50,26 @@ inline void begin() {
   if constexpr (R * V > 2) zero<2>();
   if constexpr (R * V > 3) zero<3>();
 }
+template <int R, int V, class Take>
+inline void each_sum(int rows, int64_t pitch, Take take) {
+  take.template operator()<0>(0);
+  if constexpr (V > 1) take.template operator()<1>(LINE);
+  if constexpr (V > 2) take.template operator()<2>(2 * LINE);
+  if constexpr (V > 3) take.template operator()<3>(3 * LINE);
+  if constexpr (R == 2) {
+    take.template operator()<2>(rows * pitch);
+    take.template operator()<3>(rows * pitch + LINE);
+  }
+}
 template <int R, int V>
 inline void resume(const void* sums, int rows, int64_t pitch) {
   auto* p = static_cast<const char*>(sums);
-  load<0>(p, pitch);
-  if constexpr (V > 1) load<1>(p + LINE, pitch);
-  if constexpr (V > 2) load<2>(p + 2 * LINE, pitch);
-  if constexpr (V > 3) load<3>(p + 3 * LINE, pitch);
-  if constexpr (R == 2) {
-    load<2>(p + rows * pitch, pitch);
-    load<3>(p + rows * pitch + LINE, pitch);
-  }
+  each_sum<R, V>(rows, pitch, [&]<int T>(int64_t at) { load<T>(p + at, pitch); });
 }
 template <int R, int V>
 inline void store(void* sums, int rows, int64_t pitch) {
   auto* p = static_cast<char*>(sums);
-  store<0>(p, pitch);
-  if constexpr (V > 1) store<1>(p + LINE, pitch);
-  if constexpr (V > 2) store<2>(p + 2 * LINE, pitch);
-  if constexpr (V > 3) store<3>(p + 3 * LINE, pitch);
-  if constexpr (R == 2) {
-    store<2>(p + rows * pitch, pitch);
-    store<3>(p + rows * pitch + LINE, pitch);
-  }
+  each_sum<R, V>(rows, pitch, [&]<int T>(int64_t at) { store<T>(p + at, pitch); });
 }
 
 // Adds the products of some steps. x tiles lie `x_tile` bytes apart, their steps are of `rows` rows. STREAM: weights

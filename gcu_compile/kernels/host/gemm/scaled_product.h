@@ -12,6 +12,7 @@
 #include "fetch.h"
 #include "layer.h"
 #include "room.h"
+#include "step.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
 
@@ -21,17 +22,16 @@ template <int BITS>
 class ScaledProduct : public Layer<BITS> {
   using Base = Layer<BITS>;
   using Base::finish, Base::in_, Base::row_of, Base::tiles, Base::words, Base::words_;
-  static constexpr int PER_STEP = 32;                      // inputs
-  static constexpr int WORDS = PER_STEP / PER_WORD<BITS>;  // of a step
-  static constexpr int PAIRS = PER_WORD<BITS> / 2;         // of a word
-  static constexpr int STEP = TILE * 16;                   // pairs of a step of a tile's weights
+  using Step = ::Step<BITS>;
+  static constexpr int WORDS = Step::WORDS, PAIRS = Step::PAIRS;
+  static constexpr int STEP = TILE * 16;  // pairs of a step of a tile's weights
   static constexpr int64_t DEPTH = 16;  // steps of a block: two tiles of its rows stay in the L1 cache
   static constexpr int64_t WIDE = 4;    // tiles of outputs that go by them; their weights and sums stay in the L2 cache
   static constexpr int64_t MOST_ROWS = 512;
 
  public:
   explicit ScaledProduct(const Arguments& in)
-      : Base(in), steps_((in.k + PER_STEP - 1) / PER_STEP), blocks_((steps_ + DEPTH - 1) / DEPTH),
+      : Base(in), steps_(Step::count(in.k)), blocks_((steps_ + DEPTH - 1) / DEPTH),
         height_(amx::tile_rows(in.m)), row_tiles_((in.m + height_ - 1) / height_),
         scaled_(in.g_idx || in.groups > 1),
         apart_(in.g_idx || (in.groups > 1 && in.k / in.groups % PER_WORD<BITS>)),
@@ -116,14 +116,11 @@ class ScaledProduct : public Layer<BITS> {
 
   void lay_out(int64_t row) {
     const uint16_t* from = static_cast<const uint16_t*>(in_.x) + row * in_.x_stride;
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) order[i] = BITS == 4 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
     for (int64_t block = 0; block < blocks_; ++block)
       for (int64_t step = 0; step < depth(block); ++step) {
-        int64_t k = (block * DEPTH + step) * PER_STEP, count = row < in_.m ? std::min<int64_t>(PER_STEP, in_.k - k) : 0;
-        __m512i inputs = _mm512_maskz_loadu_epi16(uint32_t((uint64_t(1) << count) - 1), from + k);
-        inputs = _mm512_permutexvar_epi16(_mm512_load_si512(order), inputs);
-        ::store(x(row / height_, block) + (step * height_ + row % height_) * 16, inputs);
+        int64_t k = (block * DEPTH + step) * Step::INPUTS;
+        int64_t count = row < in_.m ? std::min<int64_t>(Step::INPUTS, in_.k - k) : 0;
+        ::store(x(row / height_, block) + (step * height_ + row % height_) * 16, Step::as_unpacked(Step::inputs(from + k, count)));
       }
   }
 
@@ -175,7 +172,8 @@ class ScaledProduct : public Layer<BITS> {
       }
       const int32_t* group = &of_.group_of_[(first_ + word) * PER_WORD<BITS>];
       int64_t of_tile = tile_ * of_.in_.groups * TILE + v_ * 16;
-      const float *scale = set_.scale + of_tile + group[0] * TILE, *zero = set_.zero + of_tile + group[0] * TILE;
+      const float* scale = set_.scale + of_tile + group[0] * TILE;
+      const float* zero = ZEROS ? set_.zero + of_tile + group[0] * TILE : nullptr;
       vi packed = ::load<vi>(from_ + word * TILE + v_ * 16);
       __builtin_prefetch(ahead_ + word * TILE + v_ * 16);
       auto number = [&](int input) {

@@ -11,6 +11,7 @@
 #include "amx_tiles.h"
 #include "layer.h"
 #include "room.h"
+#include "step.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
 
@@ -20,9 +21,8 @@ template <int BITS>
 class TileProduct : public Layer<BITS> {
   using Base = Layer<BITS>;
   using Base::factors, Base::finish, Base::in_, Base::read_factors, Base::words, Base::words_;
-  static constexpr int PER_STEP = 32;                      // inputs
-  static constexpr int WORDS = PER_STEP / PER_WORD<BITS>;  // of a step
-  static constexpr int PAIRS = PER_WORD<BITS> / 2;         // of a word
+  using Step = ::Step<BITS>;
+  static constexpr int WORDS = Step::WORDS, PAIRS = Step::PAIRS;
   static constexpr int MOST_STEPS = 4;                     // of a block: 16 KiB of weights, and the next beside them
   static constexpr int PART_STEPS = 16;                    // of a larger group's parts: sums are folded in after each
   static constexpr int FEW_ROWS = 32;                      // up to so many, larger parts would only leave the L1 cache
@@ -32,11 +32,11 @@ class TileProduct : public Layer<BITS> {
 
  public:
   static bool takes(const Arguments& in) {
-    return in.x_dtype == BF16 && !in.g_idx && (in.groups == 1 || in.k / in.groups % PER_STEP == 0);
+    return in.x_dtype == BF16 && !in.g_idx && (in.groups == 1 || in.k / in.groups % Step::INPUTS == 0);
   }
 
   explicit TileProduct(const Arguments& in)
-      : Base(in), steps_((in.k + PER_STEP - 1) / PER_STEP), group_((in.k / in.groups + PER_STEP - 1) / PER_STEP),
+      : Base(in), steps_(Step::count(in.k)), group_(Step::count(in.k / in.groups)),
         height_(amx::tile_rows(in.m)), row_tiles_((in.m + height_ - 1) / height_),
         x_(row_tiles_ * height_ * steps_ * 16),
         sums_(in.zeros ? row_tiles_ * height_ * in.groups : 0) {
@@ -115,18 +115,15 @@ class TileProduct : public Layer<BITS> {
   void lay_out(int64_t row) {
     float* sums = in_.zeros ? &sums_[row * in_.groups] : nullptr;
     const uint16_t* x = static_cast<const uint16_t*>(in_.x) + row * in_.x_stride;
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) order[i] = BITS == 4 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
     for (Block block : blocks_)
       for (int64_t step = block.begin; step < block.end; ++step) {
-        int64_t count = row < in_.m ? std::min<int64_t>(PER_STEP, in_.k - step * PER_STEP) : 0;
-        __m512i inputs = _mm512_maskz_loadu_epi16(uint32_t((uint64_t(1) << count) - 1), x + step * PER_STEP);
+        int64_t count = row < in_.m ? std::min<int64_t>(Step::INPUTS, in_.k - step * Step::INPUTS) : 0;
+        __m512i inputs = Step::inputs(x + step * Step::INPUTS, count);
         if (sums) {
           __m512 low = (__m512)_mm512_slli_epi32(inputs, 16), high = (__m512)((vu)inputs & 0xffff0000u);
           sums[step / group_] += _mm512_reduce_add_ps(low + high);
         }
-        inputs = _mm512_permutexvar_epi16(_mm512_load_si512(order), inputs);
-        ::store(tile_of(row / height_, block, step - block.begin) + row % height_ * 16, inputs);
+        ::store(tile_of(row / height_, block, step - block.begin) + row % height_ * 16, Step::as_unpacked(inputs));
       }
   }
 
