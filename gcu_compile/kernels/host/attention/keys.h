@@ -61,7 +61,8 @@ struct Keys {
 };
 
 // Rows of the next block, to be prefetched into the second cache a few at a time between pieces of arithmetic: the CPU's own
-// prefetcher does not see the order of blocks, and many at once would only be waited for. It does fetch lines in pairs.
+// prefetcher does not see the order of blocks, and many at once would only be waited for. Every line is named: that the CPU
+// fetches lines in pairs holds for a part of them only.
 class Coming {
  public:
   Coming(const Keys& keys, int64_t k_bytes, int64_t v_bytes) : keys_(keys), k_bytes_(k_bytes), v_bytes_(v_bytes) {}
@@ -70,7 +71,7 @@ class Coming {
     for (const int stop = std::min(at_ + count, 2 * keys_.n); at_ < stop; ++at_) {
       const bool value = at_ >= keys_.n;
       const char* row = value ? keys_.v[at_ - keys_.n].at : keys_.k[at_].at;
-      for (int64_t b = 0; b < (value ? v_bytes_ : k_bytes_); b += 128) __builtin_prefetch(row + b, 0, 2);
+      for (int64_t b = 0; b < (value ? v_bytes_ : k_bytes_); b += 64) __builtin_prefetch(row + b, 0, 2);
     }
   }
 
