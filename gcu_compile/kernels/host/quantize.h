@@ -5,9 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "pairs.h"
 
-typedef int8_t vb __attribute__((vector_size(LANES)));
 
 // The nearest integer, ties to even: adding 1.5 * 2^23 leaves it in the low bits. For small numbers only.
 template <class T>
