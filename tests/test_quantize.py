@@ -74,7 +74,7 @@ def test_command_reports_layers_and_writes_json(model, tmp_path):
     words = ["quantize", str(model), "--format", "w4a16", "--group-size", "32", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "report.json")])
     assert result.exit_code == 0, result.output
-    assert "w4a16, groups of 32, 14 layers" in result.output and "_proj" in result.output
+    assert "w4a16, nearest, groups of 32, 14 layers" in result.output and "_proj" in result.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["bytes_after"] < report["bytes_before"] and len(report["layers"]) == 14
 
@@ -148,10 +148,10 @@ def test_int8_cache_is_asked_for_and_its_scales_are_calibrated(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32, quantization_config=settings)
 
 
-def test_calibration_needs_a_cache_and_text(model, tmp_path):
-    for cache, texts in ((False, ["text"]), (True, []), (True, ["", ""])):
-        with pytest.raises(InvalidValueError, match="calibration cannot be .*texts, together with an int8 KV cache"):
-            quantize(model, tmp_path / "out", "w8a8", cache=cache, calibration=texts)
+def test_calibration_needs_text_and_a_cache_is_int8(model, tmp_path):
+    for texts in ([], ["", ""]):
+        with pytest.raises(InvalidValueError, match="calibration cannot be .*expected a text"):
+            quantize(model, tmp_path / "out", "w8a8", cache=True, calibration=texts)
     words = ["quantize", str(model), "--format", "w8a8", "--out", str(tmp_path / "out"), "--kv-cache", "int4"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code and isinstance(result.exception, UnknownNameError)

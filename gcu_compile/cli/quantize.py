@@ -19,7 +19,16 @@ Cache = Annotated[str | None, typer.Option("--kv-cache", help="int8: ask readers
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", help="A text file, a document a line, that sets the cache's scales; default: scales per token."
+        "--calibration",
+        help="A text file, a document a line: gptq solves for it, an int8 cache gets scales from it (else: per token), "
+        "and the error of the layers' outputs is measured on it.",
+    ),
+]
+Method = Annotated[str, typer.Option("--method", help="nearest, or gptq (llmcompressor; needs --calibration).")]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        "--llmcompressor", help="The Python of an environment that has llmcompressor; default: one is made, once."
     ),
 ]
 WORST = 5
@@ -32,9 +41,11 @@ def quantize(
     group_size: Group = None,
     kv_cache: Cache = None,
     calibration: Calibration = None,
+    method: Method = "nearest",
+    llmcompressor: Python = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Round a model's linear layers to integers and write a compressed-tensors checkpoint."""
+    """Make integers of a model's linear layers and write a compressed-tensors checkpoint."""
     from gcu_compile import quantize as quantiser
     from gcu_compile.errors import UnknownNameError
 
@@ -48,14 +59,23 @@ def quantize(
         def progress(layer: str, done: int, total: int) -> None:
             bar.update(task, description=layer, completed=done, total=total)
 
-        result = quantiser.quantize(model, out, name, group_size, progress, kv_cache is not None, texts)
+        cached = kv_cache is not None
+        result = quantiser.quantize(model, out, name, group_size, progress, cached, texts, method, llmcompressor)
     write_json(json_file, result)
-    layers = sorted(result["layers"], key=lambda layer: -layer["relative"])
-    mean = sum(layer["relative"] for layer in layers) / len(layers)
+    layers = result["layers"]
     size = f"groups of {result['group_size']}" if result["group_size"] else "a scale per output"
     cache = {"static": ", int8 KV cache with calibrated scales", "dynamic": ", int8 KV cache", None: ""}
-    typer.echo(f"{out}: {name}, {size}, {len(layers)} layers{cache[result['kv_cache']]}")
+    typer.echo(f"{out}: {name}, {method}, {size}, {len(layers)} layers{cache[result['kv_cache']]}")
     typer.echo(f"{result['bytes_before'] / 1e6:.1f} MB -> {result['bytes_after'] / 1e6:.1f} MB")
-    typer.echo(f"error of the weights, |difference| / |weight|: mean {mean:.4f}; largest:")
+    _errors("error of the weights, |difference| / |weight|", "relative", layers)
+    _errors("error of the outputs on the calibration's texts", "outputs", layers)
+
+
+def _errors(title: str, key: str, layers: list[dict]) -> None:
+    """The mean error and the largest ones, of the layers where it was measured."""
+    layers = sorted((layer for layer in layers if layer[key] is not None), key=lambda layer: -layer[key])
+    if not layers:
+        return
+    typer.echo(f"{title}: mean {sum(layer[key] for layer in layers) / len(layers):.4f}; largest:")
     for layer in layers[:WORST]:
-        typer.echo(f"  {layer['relative']:.4f}  {layer['name']}")
+        typer.echo(f"  {layer[key]:.4f}  {layer['name']}")

@@ -1,0 +1,125 @@
+"""Reads a checkpoint's linear layers and writes its files with those layers as integers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gcu_compile.errors import CheckpointError
+from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.quantize.rounding import Format
+from gcu_compile.quantize.stored import PACKED, dequantised
+
+# Weights of experts in a file's own names; transformers may hold them as one tensor and no linear layer.
+EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
+ROUTERS = ("re:.*\\.gate$", "re:.*shared_expert_gate$")
+# A weight's name and the weight [N, K] -> its codes [N, K] and scales [N, G].
+Codes = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class LayerError:
+    """How far a layer's dequantised weight Q is from its weight W.
+
+    `relative`: |W - Q| / |W| in the Frobenius norm; `largest`: the largest difference of an element; `outputs`:
+    |x W^T - x Q^T| / |x W^T| on texts (None: no texts, or, of an expert, no layer of its own in transformers).
+    """
+
+    name: str
+    relative: float
+    largest: float
+    outputs: float | None = None
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """config.json of a folder whose weights are not quantised yet; else a `CheckpointError`."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model / 'config.json'}: {error}") from error
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise CheckpointError(f"{model} is quantised already ({method})")
+    return config
+
+
+def find_linears(config: dict[str, Any], shards: list[Path]) -> dict[str, tuple[int, int]]:
+    """Name of each linear layer's weight in the files -> (N, K). The head and routers stay as they are."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
+    names = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not model.get_output_embeddings()
+        and not any(re.fullmatch(router.removeprefix("re:"), name) for router in ROUTERS)
+    }
+    found = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
+                if name in names or EXPERT.search(name):
+                    found[name] = tuple(file.get_slice(name).get_shape())
+    if not found:
+        raise CheckpointError("no weight in the files belongs to a linear layer of config.json's model")
+    return dict(sorted(found.items()))
+
+
+class Writer:
+    """Writes a checkpoint's files; keeps layers' `errors`, the file `where` each tensor lies, the `bytes` in all."""
+
+    def __init__(self, form: Format, codes: Codes, linears: dict[str, tuple[int, int]], wrote: Callable[[str], None]):
+        """`linears`: name of each weight to quantise -> (N, K); `wrote` is called with the name of each one done."""
+        self._form, self._codes, self._linears, self._wrote = form, codes, linears, wrote
+        self.errors: list[LayerError] = []
+        self.where: dict[str, str] = {}
+        self.bytes = 0
+
+    def write(self, shard: Path, out: Path, more: dict[str, torch.Tensor]) -> None:
+        """The file `shard` of a float checkpoint, quantised, with the tensors `more`, as the file `out`."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        tensors = {}
+        with safe_open(shard, "pt") as file:
+            metadata = file.metadata() or {"format": "pt"}
+            for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
+                if name in self._linears:
+                    tensors |= self._layer(name, file.get_tensor(name))
+                    self._wrote(name)
+                else:
+                    tensors[name] = file.get_tensor(name)
+        tensors |= more
+        save_file(tensors, out, metadata=metadata)
+        self.where.update(dict.fromkeys(tensors, out.name))
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _layer(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that stand for a weight [N, K]; notes how far they are from it."""
+        n, k = weight.shape
+        whole = weight.to(torch.float32)
+        if not bool(torch.isfinite(whole).all()):
+            raise CheckpointError(f"{name}: the weight holds NaN or infinity")
+        codes, scales = self._codes(name, weight)
+        difference = dequantised(codes, scales) - whole
+        norm = whole.norm().item()
+        base = name.removesuffix(".weight")
+        relative = difference.norm().item() / norm if norm else 0.0
+        self.errors.append(LayerError(base, relative, difference.abs().max().item()))
+        if self._form.activations:
+            return {f"{base}.weight": codes.to(torch.int8), f"{base}.weight_scale": scales}
+        return {
+            f"{base}.weight_packed": layouts.pack_blocks(codes, layouts.get(PACKED[self._form.bits])),
+            f"{base}.weight_scale": scales,
+            f"{base}.weight_shape": torch.tensor([n, k]),
+        }
