@@ -2,7 +2,10 @@
 // is made of digits to base 256, of a number's fixed-point form n, each a signed byte: n = 256^2 a + 256 b + c.
 //
 //   scores^T [16 keys, 3 digits of 4 rows] = K [16 keys, dim] Q^T    Q: three digits, relative to a row's largest number
-//   sums [2 digits of 8 rows, size] = P [.., 64 keys] V              P: two, relative to the largest of 128 weights
+//   sums [2 digits of 4 rows, 2, size / 2] = P [.., 32 keys] V       P: two, relative to the largest of 128 weights
+//
+// A step of a product takes four numbers of a column. Two keys side by side are packed with half the exchanges of four: a
+// step is two columns of them then, and P has each row twice, for the one and for the other column, with zeros between.
 //
 // Sums of digits are exact. Numbers of a query down to 2^-14 of its largest are, too, and smaller ones are off by 2^-22 of
 // that; a weight is off by 2^-16 of the largest of its 128, whereas bfloat16 would be by 2^-9 of itself.
@@ -27,7 +30,7 @@ namespace {
 struct Digits {
   static constexpr int KEYS = TILE_KEYS_DECODE, CHUNK = 64;  // bytes of a row of a tile
   static constexpr int OF_Q = 3, ROWS = 4;                   // rows whose digits share a tile
-  static constexpr int WEIGHED = 8, PACKED = KEYS * CHUNK;
+  static constexpr int OF_P = KEYS * 32;                     // bytes of four rows' weights
 
   // Queries [rows, d] as tiles of 64 numbers: a step of four numbers, 16 columns (first digits of four rows, second ...).
   void load(const uint16_t* q, int rows, int64_t d, int8_t* panel) {
@@ -62,38 +65,45 @@ struct Digits {
   // Scores of `from`'s keys, rows TILE_KEYS apart. zeros: zero points of the keys, or null.
   void scores(const int8_t* panel, int rows, const Source& from, const float* zeros, char* copy, float* s, Coming& coming) const {
     alignas(64) int32_t sums[2][16][16];
-    int now = 0, row = 0, key = 0;
-    auto turn = [&] { together(sums[now ^ 1], row, zeros ? zeros + key : nullptr, s + row * TILE_KEYS + key); };
-    for (int next = 0; next < from.n; next += 16) {
-      const char* at = from.keys[next].at;
-      int64_t stride = from.stride;
-      coming.fetch(12);
-      if (!from.even || next + 15 >= from.n || from.keys[next + 15].at - at != 15 * stride) {
-        for (int k = next; k < std::min(next + 16, from.n); ++k)
-          for (int64_t c = 0; c < chunks_ * CHUNK; c += CHUNK)
-            _mm512_storeu_si512(copy + (k - next) * CHUNK * chunks_ + c, bytes(from.keys[k].at + c, from.dim - c));
-        at = copy, stride = CHUNK * chunks_;
-      }
-      for (int next_row = 0; next_row < rows; next_row += ROWS, now ^= 1) {  // vectors work on the tile before
-        const int8_t* q = panel + next_row / ROWS * chunks_ * 1024;
+    for (int row = 0; row < rows; row += ROWS, panel += chunks_ * 1024) {
+      auto turn = [&](int key, int now) { together(sums[now], row, zeros ? zeros + key : nullptr, s + row * TILE_KEYS + key); };
+      int now = 0, key = 0;
+      amx::fence();
+      _tile_loadd(6, panel, 64);
+      if (chunks_ > 1) _tile_loadd(7, panel + 1024, 64);
+      for (; key < from.n; key += 16, now ^= 1) {  // vectors work on the tile before
+        const char* at = from.keys[key].at;
+        int64_t stride = from.stride;
+        if (row == 0) coming.fetch(12);
+        if (!from.even || key + 15 >= from.n || from.keys[key + 15].at - at != 15 * stride) {
+          for (int k = key; k < std::min(key + 16, from.n); ++k)
+            for (int64_t c = 0; c < chunks_ * CHUNK; c += CHUNK)
+              _mm512_storeu_si512(copy + (k - key) * CHUNK * chunks_ + c, bytes(from.keys[k].at + c, from.dim - c));
+          at = copy, stride = CHUNK * chunks_;
+        }
         amx::fence();
         _tile_zero(0);
-        for (int64_t c = 0; c < chunks_; ++c) {
+        _tile_loadd(4, at, stride);
+        _tile_dpbssd(0, 4, 6);
+        if (chunks_ > 1) _tile_loadd(5, at + CHUNK, stride);
+        if (chunks_ > 1) _tile_dpbssd(0, 5, 7);
+        for (int64_t c = 2; c < chunks_; ++c) {
           _tile_loadd(4, at + c * CHUNK, stride);
-          _tile_loadd(6, q + c * 1024, 64);
-          _tile_dpbssd(0, 4, 6);
+          _tile_loadd(5, panel + c * 1024, 64);
+          _tile_dpbssd(0, 4, 5);
         }
         _tile_stored(0, sums[now], 64);
         amx::fence();
-        if (next || next_row) turn();
-        row = next_row, key = next;
+        if (key) turn(key - 16, now ^ 1);
       }
+      turn(key - 16, now ^ 1);
     }
-    turn();
   }
 
-  // Weights of 128 keys, rows TILE_KEYS apart, as tiles of digits: first digits of eight rows, second ones.
+  // Weights of 128 keys, rows TILE_KEYS apart, as tiles of 32 keys: for each row the digits of key s and of key s + 16 side
+  // by side, first as the left half of 32 bits and then as the right one.
   void weights(const float* w, int rows, const float* zeros, int8_t* p) {
+    const __m512i half = _mm512_set1_epi32(128), low_byte = _mm512_set1_epi32(255);
     for (int row = 0; row < rows; ++row, w += TILE_KEYS) {
       __m512i most = _mm512_setzero_si512();
       __m512 sum = _mm512_setzero_ps();
@@ -106,13 +116,19 @@ struct Digits {
       if (largest < 1e-33f) largest = 1e-33f;
       weight_unit_[row] = largest / 32512, of_zeros_[row] = zeros ? _mm512_reduce_add_ps(sum) : 0;
       const __m512 scale = _mm512_set1_ps(32512 / largest);
-      int8_t* to = p + row / WEIGHED * 2048 + row % WEIGHED * 64;
-#pragma GCC unroll 8
-      for (int i = 0; i < KEYS; i += 16, to += i == 64 ? 1024 - 48 : 16) {
-        __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + i), scale));
-        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + WEIGHED * 64), _mm512_cvtepi32_epi8(n));
+      int8_t* to = p + row / ROWS * OF_P + row % ROWS * 64;
+      auto put = [&](__m512i a, __m512i b, int8_t* to) __attribute__((always_inline)) {
+        __m512i both = _mm512_ternarylogic_epi32(a, _mm512_slli_epi32(b, 8), low_byte, 0xE4);  // c ? a : b
+        both = _mm512_slli_epi32(both, 16);
+        _mm512_storeu_si512(to, _mm512_srli_epi32(both, 16));
+        _mm512_storeu_si512(to + 256, both);
+      };
+#pragma GCC unroll 4
+      for (int i = 0; i < KEYS; i += 32, to += 1024) {
+        __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + i), scale));
+        __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + i + 16), scale));
+        put(_mm512_srai_epi32(_mm512_add_epi32(a, half), 8), _mm512_srai_epi32(_mm512_add_epi32(b, half), 8), to);
+        put(a, b, to + 512);
       }
     }
   }
@@ -120,62 +136,58 @@ struct Digits {
   // o [rows, dim] += the weights' digits times the values; columns in an order that `settle` undoes.
   void weigh(const int8_t* p, int rows, const Row* values, int n, int64_t dim, char* packed, float* o, int64_t ldo, Coming& coming) const {
     alignas(64) int32_t sums[4][16][16];
-    const bool both = n > 64;
-    pack(values, n, 0, dim, packed, coming);
-    for (int64_t d = 0; d < dim; d += CHUNK, o += CHUNK) {
-      char* next = d / CHUNK % 2 ? packed - PACKED : packed + PACKED;
-      if (d + CHUNK < dim) pack(values, n, d + CHUNK, dim - d - CHUNK, next, coming);  // what was packed before is in place
-      for (int row = 0; row < rows; row += WEIGHED) {
-        const int8_t* at = p + row / WEIGHED * 2048;
+    for (int64_t d = 0; d < dim; d += 2 * CHUNK, o += 2 * CHUNK) {
+      const bool both = dim - d > CHUNK;
+      const int64_t step = both ? 2 * CHUNK : CHUNK;  // bytes of a key, packed
+      pack(values, n, 0, d, dim - d, packed, coming);
+      for (int row = 0; row < rows; row += ROWS) {
         amx::fence();
-        _tile_loadd(4, at, 64);
         _tile_zero(0);
-        _tile_loadd(6, packed, 64);
-        _tile_dpbssd(0, 4, 6);
         _tile_zero(1);
-        _tile_loadd(7, packed + 1024, 64);
-        _tile_dpbssd(1, 4, 7);
         _tile_zero(2);
-        _tile_loadd(6, packed + 2048, 64);
-        _tile_dpbssd(2, 4, 6);
         _tile_zero(3);
-        _tile_loadd(7, packed + 3072, 64);
-        _tile_dpbssd(3, 4, 7);
-        if (both) {
-          _tile_loadd(5, at + 1024, 64);
-          _tile_loadd(6, packed + 4096, 64);
-          _tile_dpbssd(0, 5, 6);
-          _tile_loadd(7, packed + 5120, 64);
-          _tile_dpbssd(1, 5, 7);
-          _tile_loadd(6, packed + 6144, 64);
-          _tile_dpbssd(2, 5, 6);
-          _tile_loadd(7, packed + 7168, 64);
-          _tile_dpbssd(3, 5, 7);
+        for (int key = 0; key < n; key += 32) {
+          const char* at = packed + key * step;
+          if (row == 0 && key + 32 < n) pack(values, n, key + 32, d, dim - d, packed + (key + 32) * step, coming);  // what was packed before is in place
+          amx::fence();
+          _tile_loadd(4, p + row / ROWS * OF_P + key * 32, 64);
+          _tile_loadd(6, at, 64);
+          _tile_dpbssd(0, 4, 6);
+          _tile_loadd(7, at + 1024, 64);
+          _tile_dpbssd(1, 4, 7);
+          if (both) {
+            _tile_loadd(6, at + 2048, 64);
+            _tile_dpbssd(2, 4, 6);
+            _tile_loadd(7, at + 3072, 64);
+            _tile_dpbssd(3, 4, 7);
+          }
         }
         _tile_stored(0, sums[0], 64);
         _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+        if (both) _tile_stored(2, sums[2], 64);
+        if (both) _tile_stored(3, sums[3], 64);
         amx::fence();
-        for (int r = row; r < std::min(row + WEIGHED, rows); ++r)
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
+        for (int r = row; r < std::min(row + ROWS, rows); ++r)
+          for (int j = 0; j < (both ? 8 : 4); ++j) {
             float* to = o + r * ldo + 16 * j;
-            __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums[j][r - row]));
-            __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[j][r - row + WEIGHED]));
+            const int32_t(*at)[16] = sums[j / 2] + r - row + j % 2 * ROWS;
+            __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at[0]));
+            __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(at[2 * ROWS]));
             __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256), low);
             __m512 before = _mm512_sub_ps(_mm512_loadu_ps(to), _mm512_set1_ps(of_zeros_[r]));
             _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(weight_unit_[r]), before));
           }
       }
-      packed = next;
     }
   }
 
-  // Sums of a row of n columns in the order of the columns: of 64, quarter i of vector j is the columns from 16 i + 4 j on.
+  // Sums of a row of n columns in the order of the columns: of 64, quarter i of the first four vectors is the columns 16 i,
+  // 16 i + 2 ..., 16 i + 1, 16 i + 3 ..., then the same from 16 i + 8 on.
   static void settle(float* o, int64_t n) {
     for (; n > 0; n -= CHUNK, o += CHUNK) {
-      __m512 a = _mm512_loadu_ps(o), b = _mm512_loadu_ps(o + 16), c = _mm512_loadu_ps(o + 32), d = _mm512_loadu_ps(o + 48);
+      __m512 even = _mm512_loadu_ps(o), odd = _mm512_loadu_ps(o + 16), even2 = _mm512_loadu_ps(o + 32), odd2 = _mm512_loadu_ps(o + 48);
+      __m512 a = _mm512_unpacklo_ps(even, odd), b = _mm512_unpackhi_ps(even, odd);
+      __m512 c = _mm512_unpacklo_ps(even2, odd2), d = _mm512_unpackhi_ps(even2, odd2);
       __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
       __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xEE), cd2 = _mm512_shuffle_f32x4(c, d, 0xEE);
       _mm512_storeu_ps(o, _mm512_shuffle_f32x4(ab, cd, 0x88));
@@ -222,22 +234,20 @@ struct Digits {
     }
   }
 
-  // 64 columns from d on of up to 128 keys, as tiles of 64 keys and 16 columns: four keys' numbers side by side. Behind
-  // the last key are numbers of any key, for weights are 0 there.
-  static void pack(const Row* values, int n, int64_t d, int64_t left, char* to, Coming& coming) {
-    for (int key = 0; key < int(rounded(n, 64)); key += 64, to += 3072)
-#pragma GCC unroll 2
-      for (int k = key; k < key + 64; k += 4, to += 64) {
-        coming.fetch(2);
-        auto row = [&](int i) __attribute__((always_inline)) { return bytes(values[std::min(k + i, n - 1)].at + d, left); };
-        __m512i a = row(0), b = row(1), c = row(2), e = row(3);
-        __m512i ab = _mm512_unpacklo_epi8(a, b), ce = _mm512_unpacklo_epi8(c, e);
-        __m512i ab2 = _mm512_unpackhi_epi8(a, b), ce2 = _mm512_unpackhi_epi8(c, e);
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab, ce));
-        _mm512_storeu_si512(to + 1024, _mm512_unpackhi_epi16(ab, ce));
-        _mm512_storeu_si512(to + 2048, _mm512_unpacklo_epi16(ab2, ce2));
-        _mm512_storeu_si512(to + 3072, _mm512_unpackhi_epi16(ab2, ce2));
-      }
+  // Up to 128 columns from d on of 32 keys, as tiles of 32 columns: those of key s and of key s + 16 side by side. Behind the
+  // last key are numbers of any key, for weights are 0 there.
+  static void pack(const Row* values, int n, int key, int64_t d, int64_t left, char* to, Coming& coming) {
+    for (int k = key; k < key + 16; ++k, to += 64) {
+      coming.fetch(2);
+      const char *first = values[std::min(k, n - 1)].at + d, *second = values[std::min(k + 16, n - 1)].at + d;
+      auto put = [&](int64_t at) __attribute__((always_inline)) {
+        __m512i a = bytes(first + at, left - at), b = bytes(second + at, left - at);
+        _mm512_storeu_si512(to + 32 * at, _mm512_unpacklo_epi8(a, b));
+        _mm512_storeu_si512(to + 32 * at + 1024, _mm512_unpackhi_epi8(a, b));
+      };
+      put(0);
+      if (left > CHUNK) put(CHUNK);
+    }
   }
 
   int64_t chunks_;

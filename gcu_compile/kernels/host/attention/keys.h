@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "plan.h"
 #include "rows.h"
@@ -40,23 +41,33 @@ struct Keys {
       int64_t j = key + i, slot = j % block_size, block = item.sequence;
       if (paged) block = in.block_table[item.sequence * in.table_stride + j / block_size];
       const char *k_block = k_head + block * in.k_at.outer * size, *v_block = v_head + block * in.v_at.outer * size;
-      const int stop = int(std::min<int64_t>(n, i + block_size - slot));
-      if (!of_their_own) {
-        const int64_t k_step = in.k_at.token * size, v_step = in.v_at.token * size;
-        const char *k_row = k_block + slot * k_step, *v_row = v_block + slot * v_step;
-        for (; i < stop; ++i, k_row += k_step, v_row += v_step) k[i].at = k_row, v[i].at = v_row;
-        continue;
-      }
-      auto at = [&](const Strides& s) { return block * s.outer + head * s.head + slot * s.token; };
-      for (; i < stop; ++i, ++slot) {
-        k[i].at = k_block + slot * in.k_at.token * size, v[i].at = v_block + slot * in.v_at.token * size;
-        if (in.k_scale_kind == 3) k_factor[i] = in.k_scale[at(in.k_scale_at)];
-        if (in.v_scale_kind == 3) v_factor[i] = in.v_scale[at(in.v_scale_at)];
-        if (in.k_scale_kind == 3 && in.k_zero) k_zero[i] = float(k[i].zero = in.k_zero[at(in.k_scale_at)]);
-        if (in.v_scale_kind == 3 && in.v_zero) v_zero[i] = float(v[i].zero = in.v_zero[at(in.v_scale_at)]);
-      }
+      const int count = int(std::min<int64_t>(n - i, block_size - slot));
+      spread(k + i, count, k_block + slot * in.k_at.token * size, in.k_at.token * size);
+      spread(v + i, count, v_block + slot * in.v_at.token * size, in.v_at.token * size);
+      auto own = [&](const float* scale, const int32_t* zero, const Strides& s, Row* rows, float* factors, float* numbers) {
+        const int64_t at = block * s.outer + head * s.head + slot * s.token;
+        if (s.token == 1) std::memcpy(factors + i, scale + at, count * sizeof(float));
+        for (int j = 0; j < count && s.token != 1; ++j) factors[i + j] = scale[at + j * s.token];
+        for (int j = 0; j < count && zero; ++j) numbers[i + j] = float(rows[i + j].zero = zero[at + j * s.token]);
+      };
+      if (in.k_scale_kind == 3) own(in.k_scale, in.k_zero, in.k_scale_at, k, k_factor, k_zero);
+      if (in.v_scale_kind == 3) own(in.v_scale, in.v_zero, in.v_scale_at, v, v_factor, v_zero);
+      i += count;
     }
     for (int i = n; i < step && of_their_own; ++i) k_factor[i] = v_factor[i] = k_zero[i] = v_zero[i] = 0;
+  }
+
+ private:
+  // Rows `step` bytes apart; their zero points stay, of which all or none are alike, and then written next.
+  static void spread(Row* rows, int n, const char* at, int64_t step) {
+    typedef int64_t Four __attribute__((vector_size(4 * sizeof(Row)), aligned(8), may_alias));
+    static_assert(sizeof(Row) == 16);
+    const int64_t a = reinterpret_cast<int64_t>(at), zero = rows[0].zero;
+    Four four = {a, zero, a + step, zero, a + 2 * step, zero, a + 3 * step, zero};
+    const Four by = {4 * step, 0, 4 * step, 0, 4 * step, 0, 4 * step, 0};
+    int i = 0;
+    for (; i + 4 <= n; i += 4, four += by) *reinterpret_cast<Four*>(rows + i) = four;
+    for (; i < n; ++i) rows[i].at = at + i * step;
   }
 };
 
@@ -65,20 +76,34 @@ struct Keys {
 // fetches lines in pairs holds for a part of them only.
 class Coming {
  public:
-  Coming(const Keys& keys, int64_t k_bytes, int64_t v_bytes) : keys_(keys), k_bytes_(k_bytes), v_bytes_(v_bytes) {}
+  Coming(const Keys& keys, int64_t k_bytes, int64_t v_bytes)
+      : row_(keys.k), end_(keys.k + keys.n), values_(keys.v), bytes_(k_bytes), v_bytes_(v_bytes), v_count_(keys.n) {}
 
+  // Up to `count` rows, of keys and then of values.
   [[gnu::always_inline]] void fetch(int count) {
-    for (const int stop = std::min(at_ + count, 2 * keys_.n); at_ < stop; ++at_) {
-      const bool value = at_ >= keys_.n;
-      const char* row = value ? keys_.v[at_ - keys_.n].at : keys_.k[at_].at;
-      for (int64_t b = 0; b < (value ? v_bytes_ : k_bytes_); b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+    const Row* stop = row_ + count;
+    if (stop >= end_) [[unlikely]] return last();
+    for (; row_ != stop; ++row_) prefetch(row_->at);
   }
 
+  // What is left.
+  void rest() { last(), last(); }
+
  private:
-  const Keys& keys_;
-  int64_t k_bytes_, v_bytes_;
-  int at_ = 0;
+  [[gnu::always_inline]] void prefetch(const char* at) const {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + bytes_ - 1, 0, 2);
+    for (int64_t b = 64; b < bytes_ - 64; b += 64) __builtin_prefetch(at + b, 0, 2);
+  }
+
+  [[gnu::noinline]] void last() {
+    for (; row_ != end_; ++row_) prefetch(row_->at);
+    if (v_count_) row_ = values_, end_ = values_ + v_count_, bytes_ = v_bytes_, v_count_ = 0;
+  }
+
+  const Row *row_, *end_, *values_;
+  int64_t bytes_, v_bytes_;
+  int v_count_;  // 0 once it is the values' turn
 };
 
 }  // namespace

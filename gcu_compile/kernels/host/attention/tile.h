@@ -188,7 +188,7 @@ class Tile {
         weigh_rows(p_);
         P::weigh(p_, at.v, at.n, in_.v_dim, v_, o_, dv_, alpha, coming);
       }
-      coming.fetch(2 * TILE_KEYS);
+      coming.rest();
     } else if constexpr (P::FEW > 0) {
       P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
