@@ -181,13 +181,14 @@ def save(form: Form, plain: Path, folder: Path, reach: dict[str, Reach] | None =
 
 
 @contextmanager
-def quantised_inputs(form: Form, unlike: tuple[int, ...]) -> Iterator[None]:
+def quantised_inputs(form: Form, unlike: tuple[int | tuple[int, int], ...]) -> Iterator[None]:
     """Within, every linear of transformers quantises its inputs as `form` says; those with an `unlike` number of
-    outputs (heads, routers) do not."""
+    outputs (heads, routers), or an `unlike` shape of weight, do not."""
     original = torch.nn.functional.linear
 
     def linear(x, weight, bias=None):
-        return original(x if weight.shape[0] in unlike else form.inputs(x, (-8.0, 8.0)), weight, bias)
+        as_it_is = weight.shape[0] in unlike or tuple(weight.shape) in unlike
+        return original(x if as_it_is else form.inputs(x, (-8.0, 8.0)), weight, bias)
 
     torch.nn.functional.linear = linear
     try:

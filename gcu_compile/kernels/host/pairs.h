@@ -42,7 +42,11 @@ template <int32_t DTYPE>
 inline Two<vf> read_pair(const char* p) {
   if constexpr (DTYPE == BF16) {
     vu bits = load<vu>(p);
+#if defined(__AVX512BW__)  // a constant for `&` would be made anew in every step
+    return {std::bit_cast<vf>(bits << 16), (vf)_mm512_maskz_mov_epi16(0xaaaaaaaa, (__m512i)bits)};
+#else
     return {std::bit_cast<vf>(bits << 16), std::bit_cast<vf>(bits & 0xffff0000)};
+#endif
   } else if constexpr (DTYPE == F32) {
     return {load<vf>(p), load<vf>(p + sizeof(vf))};
   } else {
@@ -58,7 +62,12 @@ inline void write_pair(Two<vf> x, char* p) {
       vu bits = std::bit_cast<vu>(y);
       return bits + 0x7fff + ((bits >> 16) & 1);
     };
+#if defined(__AVX512BW__)
+    vu even = rounded(x.a) >> 16, odd = rounded(x.b);
+    store(p, _mm512_mask_mov_epi16((__m512i)odd, 0x55555555, (__m512i)even));
+#else
     store(p, (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000));
+#endif
   } else if constexpr (DTYPE == F32) {
     store(p, x.a);
     store(p + sizeof(vf), x.b);
@@ -94,7 +103,7 @@ template <int64_t SIZE, class F>
 inline auto reading(const char* p, int64_t left, F from) {
   if (left >= PAIR) [[likely]] return from(p);
   alignas(64) char last[PAIR * SIZE] = {};
-  std::memcpy(last, p, left * SIZE);
+  if (left > 0) std::memcpy(last, p, left * SIZE);
   return from(last);
 }
 

@@ -52,123 +52,166 @@ inline float largest(Two<vi> most) {
   return std::bit_cast<float>(found);
 }
 
-// A norm's weight as floats, in the order in which a row of DTYPE is kept.
-template <int32_t DTYPE>
-void order_weight(const Arguments& in, float* weight) {
-  if (in.weight_dtype == DTYPE) {
-    for (int64_t at = 0; at < in.size; at += PAIR)
-      keep(weight + at, read<DTYPE>(static_cast<const char*>(in.weight), at, in.size));
-    return;
-  }
-  float values[PAIR];
+// A norm's weight as numbers up to 1, so that no product with one overflows, and the power of two that they lack. Of dtype
+// `W`: bfloat16 if rows and weight are, for it takes half of the cache; else float32 in the order in which a row is kept.
+struct Weight {
+  std::vector<char> values;
+  double factor = 1;
+};
+
+template <int32_t DTYPE, int32_t W>
+Weight weight_of(const Arguments& in, int64_t padded) {
+  Weight weight{std::vector<char>(padded * size_of(W))};
+  auto from = [&](int64_t at) {
+    if (in.weight_dtype == DTYPE) return read<DTYPE>(static_cast<const char*>(in.weight), at, in.size);
+    float values[PAIR] = {};
+    to_floats(in.weight, in.weight_dtype, at, int(std::min(in.size - at, PAIR)), values);
+    Two<vf> w;
+    for (int i = 0; i < LANES; ++i) {
+      w.a[i] = values[DTYPE == BF16 ? 2 * i : i];
+      w.b[i] = values[DTYPE == BF16 ? 2 * i + 1 : i + LANES];
+    }
+    return w;
+  };
+  Two<vi> most = {};
+  for (int64_t at = 0; at < in.size; at += PAIR) take_larger(most, from(at));
+  int exponent = 0;
+  if (float found = largest(most); std::isfinite(found)) std::frexp(found, &exponent);
+  weight.factor = std::ldexp(1.0, exponent);
+  float inverse = float(std::ldexp(1.0, -exponent));
   for (int64_t at = 0; at < in.size; at += PAIR) {
-    int64_t left = std::min(in.size - at, PAIR);
-    to_floats(in.weight, in.weight_dtype, at, int(left), values);
-    std::fill(values + left, values + PAIR, 0.0f);
-    for (int64_t i = 0; i < PAIR; ++i)
-      weight[at + i] = values[DTYPE != BF16 ? i : i < LANES ? 2 * i : 2 * (i - LANES) + 1];
+    Two<vf> w = from(at);
+    write_pair<W>({w.a * inverse, w.b * inverse}, weight.values.data() + at * size_of(W));
   }
+  return weight;
 }
 
-// s = x + residual, its norm in `row`; the largest magnitude.
-template <int32_t DTYPE>
-float norm(const Arguments& in, int64_t r, const float* weight, float* row) {
+inline double sum_of(vf x) {
+  double parts[4] = {};
+  for (int i = 0; i < LANES; ++i) parts[i % 4] += x[i];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// What a kept row has yet to be multiplied by, and its largest magnitude.
+struct Kept {
+  float largest;
+  double factor;
+};
+
+// s = x + residual; s * weight in `row`, for its norm differs from that by one factor.
+template <int32_t DTYPE, int32_t W>
+Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   char* total = row_at<DTYPE>(in.residual_out, r, size);
   Two<vf> squares = {};
+  Two<vi> most = {};
   for (int64_t at = 0; at < size; at += PAIR) {
-    Two<vf> s = read<DTYPE>(x, at, size);
+    Two<vf> s = read<DTYPE>(x, at, size), w = read_pair<W>(weight.values.data() + at * size_of(W));
     if (other) {
       Two<vf> more = read<DTYPE>(other, at, size);
       s = {s.a + more.a, s.b + more.b};
       writing<size_of(DTYPE)>(total + at * size_of(DTYPE), size - at, [&](char* p) { write_pair<DTYPE>(s, p); });
     }
     squares = {fma(s.a, s.a, squares.a), fma(s.b, s.b, squares.b)};
-    keep(row + at, s);
-  }
-  vf all = squares.a + squares.b;
-  double sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += all[i];
-  float factor = float(1.0 / std::sqrt(sum / double(size) + in.eps));
-  Two<vi> most = {};
-  for (int64_t at = 0; at < size; at += PAIR) {
-    Two<vf> s = kept(row + at), w = kept(weight + at), y = {s.a * factor * w.a, s.b * factor * w.b};
+    Two<vf> y = {s.a * w.a, s.b * w.b};
     keep(row + at, y);
     take_larger(most, y);
   }
-  return largest(most);
+  double mean = (sum_of(squares.a) + sum_of(squares.b)) / double(size);
+  return {largest(most), weight.factor / std::sqrt(mean + in.eps)};
 }
 
-// gate * sigmoid(gate) * up. A row takes as long as the instructions of this.
-inline vf silu_mul(vf gate, vf up) {
+constexpr int GATES = 4;  // vectors that are computed side by side
+
+// y = gate * sigmoid(gate) * up, where y is up before. A row takes as long as the instructions of this.
+inline void silu_mul(const vf (&gate)[GATES], vf (&y)[GATES]) {
+  auto each = [](auto step) {
+    for (int v = 0; v < GATES; ++v) step(v);
+  };
 #if defined(__AVX512F__)
+  // Step by step for all vectors: one chain of 16 dependent instructions after the other would fill the scheduler.
   constexpr float MAGIC = 12582912.0f + 127.0f;  // as in exp_negative; the exponent's bias is in the low bits too
-  vf x = (vf)_mm512_min_ps((__m512)gate, (__m512)splat(87.0f));  // NaN: 87
-  vf shifted = fma(x, splat(-1.44269504f), splat(MAGIC));
-  vf f = fma(x, splat(-1.44269504f), -(shifted - MAGIC));
-  vf power = fma(f, splat(1.3264727e-3f), splat(9.6715128e-3f));  // 2^f for |f| <= 1/2, relative error below 1e-7
-  power = fma(fma(power, f, splat(5.5507337e-2f)), f, splat(2.4022242e-1f));
-  power = fma(fma(power, f, splat(6.9314698e-1f)), f, splat(1.0f));
-  vf divisor = fma(power, std::bit_cast<vf>(std::bit_cast<vi>(shifted) << 23), splat(1.0f));
+  vf f[GATES], shifted[GATES], power[GATES];
+  each([&](int v) { f[v] = (vf)_mm512_min_ps((__m512)gate[v], (__m512)splat(87.0f)); });  // NaN: 87
+  each([&](int v) { shifted[v] = fma(f[v], splat(-1.44269504f), splat(MAGIC)); });
+  each([&](int v) { power[v] = shifted[v] - MAGIC; });
+  each([&](int v) { f[v] = fma(power[v], splat(0.693147182f), f[v]); });  // log 2 is within 2e-9 of that float
+  each([&](int v) { shifted[v] = std::bit_cast<vf>(std::bit_cast<vi>(shifted[v]) << 23); });
+  // exp(-f) for |f| <= log(2) / 2, relative error below 1e-7
+  each([&](int v) { power[v] = fma(f[v], splat(-8.290314733e-3f), splat(4.189792952e-2f)); });
+  each([&](int v) { power[v] = fma(power[v], f[v], splat(-1.666763620e-1f)); });
+  each([&](int v) { power[v] = fma(power[v], f[v], splat(4.999914953e-1f)); });
+  each([&](int v) { power[v] = fma(power[v], f[v], splat(-9.999997072e-1f)); });
+  each([&](int v) { power[v] = fma(power[v], f[v], splat(1.0f)); });
+  each([&](int v) { power[v] = fma(power[v], shifted[v], splat(1.0f)); });
   // A division takes as long as all that is before it. Below -87 the sigmoid is 0; -inf * 0 is NaN, as it should be.
-  vf near = (vf)_mm512_rcp14_ps((__m512)divisor);
-  __mmask16 inside = _mm512_cmp_ps_mask((__m512)gate, (__m512)splat(-87.0f), _CMP_NLT_UQ);
-  vf off = fma(-divisor, near, splat(1.0f));
-  vf sigmoid = (vf)_mm512_maskz_fmadd_ps(inside, (__m512)near, (__m512)off, (__m512)near);
-  return sigmoid * gate * up;
+  each([&](int v) { f[v] = (vf)_mm512_rcp14_ps((__m512)power[v]); });
+  each([&](int v) { power[v] = fma(-power[v], f[v], splat(1.0f)); });
+  each([&](int v) {
+    __mmask16 inside = _mm512_cmp_ps_mask((__m512)gate[v], (__m512)splat(-87.0f), _CMP_NLT_UQ);
+    f[v] = (vf)_mm512_maskz_fmadd_ps(inside, (__m512)f[v], (__m512)power[v], (__m512)f[v]);
+  });
+  each([&](int v) { f[v] *= gate[v]; });
+  each([&](int v) { y[v] *= f[v]; });
 #else
-  vf small = exp_negative(-magnitude(gate));
-  return (gate > 0.0f ? gate : gate * small) / (small + 1.0f) * up;
+  each([&](int v) {
+    vf small = exp_negative(-magnitude(gate[v]));
+    y[v] *= (gate[v] > 0.0f ? gate[v] : gate[v] * small) / (small + 1.0f);
+  });
 #endif
 }
 
-// Of a row, in `row`; the largest magnitude.
 template <int32_t DTYPE>
-float gated(const Arguments& in, int64_t r, const float*, float* row) {
+Kept gated(const Arguments& in, int64_t r, float* row) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   Two<vi> most = {};
-  for (int64_t at = 0; at < size; at += PAIR) {
-    Two<vf> gate = read<DTYPE>(x, at, size), up = read<DTYPE>(other, at, size);
-    Two<vf> y = {silu_mul(gate.a, up.a), silu_mul(gate.b, up.b)};
-    keep(row + at, y);
-    take_larger(most, y);
+  for (int64_t at = 0; at < size; at += 2 * PAIR) {
+    Two<vf> a = read<DTYPE>(x, at, size), b = read<DTYPE>(x, at + PAIR, size);
+    Two<vf> c = read<DTYPE>(other, at, size), d = read<DTYPE>(other, at + PAIR, size);
+    vf gate[] = {a.a, a.b, b.a, b.b}, y[] = {c.a, c.b, d.a, d.b};
+    silu_mul(gate, y);
+    keep(row + at, {y[0], y[1]});
+    keep(row + at + PAIR, {y[2], y[3]});
+    take_larger(most, {y[0], y[1]});
+    take_larger(most, {y[2], y[3]});
   }
-  return largest(most);
+  return {largest(most), 1};
 }
 
-// Codes of a kept row and its scale; 0 if that is not finite.
+// Codes and scale of a kept row; codes of 0 if the scale is not finite.
 template <int32_t DTYPE>
-void quantize_kept(const float* row, int64_t size, float largest, int8_t* codes, float& scale) {
-  scale = largest / 127.0f;
-  if (scale == 0 || !std::isfinite(scale)) return std::fill_n(codes, size, int8_t(0)), void();
+void quantize_kept(const float* row, int64_t size, Kept found, int8_t* codes, float& scale) {
+  scale = float(found.largest * found.factor / 127);
+  float step = found.largest / 127.0f, inverse = 1.0f / step;
+  if (scale == 0 || step == 0 || !std::isfinite(scale)) return std::fill_n(codes, size, int8_t(0)), void();
   auto each = [&](auto code) {
-    for (int64_t at = 0; at < size; at += PAIR) {
+    // From the end on, which is in the first cache still.
+    for (int64_t at = (size - 1) / PAIR * PAIR; at >= 0; at -= PAIR) {
       Two<vf> x = kept(row + at);
       Two<vi> both = {code(x.a), code(x.b)};
       writing<1>(reinterpret_cast<char*>(codes) + at, size - at, [&](char* p) { write_low_bytes<DTYPE>(both, p); });
     }
   };
-  float inverse = 1.0f / scale;
   if (inverse < 1e30f)  // the low byte of what is rounded like `round_even`
     each([&](vf x) { return std::bit_cast<vi>(fma(x, splat(inverse), splat(12582912.0f))); });
   else
-    each([&](vf x) { return nearest(bounded(x / scale)); });
+    each([&](vf x) { return nearest(bounded(x / step)); });
 }
 
-template <int32_t DTYPE>
+template <int32_t DTYPE, int32_t W>
 void run(const Arguments& in) {
-  int64_t padded = (in.size + PAIR - 1) / PAIR * PAIR;
-#pragma omp parallel num_threads(in.threads)
+  constexpr int64_t STEP = LANES * GATES;
+  int64_t padded = (in.size + STEP - 1) / STEP * STEP;
+#pragma omp parallel num_threads(int(std::min(in.rows, int64_t(in.threads)))) if (in.rows > 1)
   {
-    std::vector<float> weight(in.weight ? padded : 0), row(padded);
-    if (in.weight) order_weight<DTYPE>(in, weight.data());
+    std::vector<float> row(padded);
+    Weight weight = in.weight ? weight_of<DTYPE, W>(in, padded) : Weight{};
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < in.rows; ++r) {
-      auto make = in.weight ? norm<DTYPE> : gated<DTYPE>;
-      float largest = make(in, r, weight.data(), row.data());
-      quantize_kept<DTYPE>(row.data(), in.size, largest, in.codes + r * in.size, in.scales[r]);
+      Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.data()) : gated<DTYPE>(in, r, row.data());
+      quantize_kept<DTYPE>(row.data(), in.size, found, in.codes + r * in.size, in.scales[r]);
     }
   }
 }
@@ -177,8 +220,8 @@ void run(const Arguments& in) {
 
 extern "C" void gcu_prologue(const Arguments* in) {
   switch (in->dtype) {
-    case F32: return run<F32>(*in);
-    case BF16: return run<BF16>(*in);
-    default: return run<F16>(*in);
+    case F32: return run<F32, F32>(*in);
+    case BF16: return in->weight_dtype == BF16 ? run<BF16, BF16>(*in) : run<BF16, F32>(*in);
+    default: return run<F16, F32>(*in);
   }
 }

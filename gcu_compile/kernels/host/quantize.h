@@ -7,7 +7,6 @@
 
 #include "pairs.h"
 
-
 // The nearest integer, ties to even: adding 1.5 * 2^23 leaves it in the low bits. For small numbers only.
 template <class T>
 inline T round_even(T x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -102,7 +102,38 @@ def test_extreme_gates_and_rows_of_zeros():
     assert not codes.any() and not scales.any()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("isa", HERE)
+def test_each_gate_by_itself(isa, monkeypatch):
+    """A row of one value: its scale says how exact the sigmoid is, for every magnitude."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    gates = torch.cat([torch.linspace(-86.9, 100, 4001), torch.logspace(-30, 2, 400), -torch.logspace(-30, 1.9, 400)])
+    for up in (2.0, -3.0, 1e4):  # scales that are normal numbers
+        check_silu(host.silu_mul_quant, torch.stack([gates, torch.full_like(gates, up)], 1))
+    x = torch.tensor([[-300.0, 1.0, 1.0, 1.0], [-torch.inf, 1.0, 1.0, 1.0], [-3e38, 1.0, 3e38, 1.0]])
+    codes, scales = host.silu_mul_quant(x)
+    assert codes[0].tolist() == [0, 127] and not scales[1].isfinite() and codes[2].tolist() == [0, 127]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weight_dtype", FLOATS)
+def test_norm_of_sizes_at_the_ends_of_float32(dtype, weight_dtype):
+    """Where float64 would not overflow, float32's meaning says what comes out."""
+    top = 6e4 if F16 in (dtype, weight_dtype) else 1e38
+    sizes = ((1e-30, 1.0), (1e18, top), (1e18, 1e-30), (1e25, 1e-3), (1e25, top), (1.0, 1e-30), (3e38, 2.0))
+    for of_x, of_weight in sizes:
+        x, weight = (randn(3, 70, seed=seed).clamp(-1, 1) for seed in (1, 2))
+        x, weight = (x * of_x).to(dtype), (weight[0] * of_weight).to(weight_dtype)
+        for residual in (None, x.flip(0) / 2):
+            arguments = (x, residual, weight, 1e-6)
+            codes, scales, total = host.rms_norm_quant(*arguments)
+            meant = eager.rms_norm_quant(*arguments)
+            torch.testing.assert_close(scales, meant[1], **tolerance(F32, 70, 1e-36), equal_nan=True)
+            assert torch.equal(total, meant[2]) or not meant[2].isfinite().all()
+            visible = scales.squeeze(-1) > 1e-36
+            assert ((codes.int() - meant[0].int())[visible].abs() <= 1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_shows_in_the_scale_of_its_row_alone(value):
     x = randn(3, 64)
     x[1, 5] = value
