@@ -1,5 +1,7 @@
 """One step of post-processing: `gcu::sample` against stock vLLM's sampler and one pass over the logits.
 
+It is called as generated code and our sampler in vLLM call it, past torch's dispatcher (`kernels/direct.py`).
+
     python benchmarks/sampling.py [--json FILE]
 
 The floor is the time to read the logits once at the bandwidth measured here, on a buffer larger than the caches.
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 import gcu_compile.kernels.sampling  # noqa: F401
+from gcu_compile.kernels import direct
 
 ROWS, VOCABULARIES, REPEATS = (1, 8, 32), (49152, 151936), 15
 
@@ -99,7 +102,7 @@ def main() -> None:
             for name in ("none", "top-p", "top-k+top-p", "all"):
                 asked = settings(name, rows, vocab)
                 seeds, positions = torch.arange(rows), torch.arange(rows)
-                ours = median(lambda: torch.ops.gcu.sample(logits, seeds, positions, **asked))  # noqa: B023
+                ours = median(lambda: direct.sample(logits, seeds, positions, **asked))  # noqa: B023
                 theirs = median(stock(asked, logits))
                 row = {"rows": rows, "vocab": vocab, "chain": name, "ours_ms": ours, "stock_ms": theirs}
                 results.append(row | {"ratio": theirs / ours, "floor_ms": floor})

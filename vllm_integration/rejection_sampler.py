@@ -17,6 +17,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from gcu_compile.kernels import direct
 from gcu_compile.kernels.sampling import rejection_eager
 from vllm_integration.chain import Rows
 from vllm_integration.sampler import GcuSampler, logprobs_tensors
@@ -49,12 +50,12 @@ class GcuRejectionSampler(RejectionSampler):
         ids, length = metadata.draft_token_ids.long(), metadata.max_spec_len
         if draft_probs is None:
             asked = take(sampling_metadata, logits, rows)
-            found = torch.ops.gcu.sample(logits, seeds, positions, **asked)
+            found = direct.sample(logits, seeds, positions, **asked)
             tokens = rejection_eager.assemble(found[drafts], ids, offsets, found[bonus], length)
         else:
             bonus_logits, draft_logits = logits[bonus], logits[drafts]
             asked = take(sampling_metadata, bonus_logits, rows.take(is_bonus))
-            found = torch.ops.gcu.sample(bonus_logits, seeds[bonus], positions[bonus], **asked)
+            found = direct.sample(bonus_logits, seeds[bonus], positions[bonus], **asked)
             asked = take(sampling_metadata, draft_logits, rows.take(~is_bonus))
             numbers = seeds[drafts], positions[drafts], length, draft_probs
             tokens = torch.ops.gcu.rejection_sample(draft_logits, ids, offsets, found, *numbers, **asked)

@@ -19,6 +19,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 import gcu_compile.kernels.sampling  # noqa: F401  (defines torch.ops.gcu.sample)
+from gcu_compile.kernels import direct
 from gcu_compile.options import resolve
 from vllm_integration.behaviours import log
 from vllm_integration.chain import KNOWN_PROCESSORS, Rows, Settings
@@ -52,7 +53,7 @@ class GcuSampler(Sampler):
             return self.upstream(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
         asked = self.settings(sampling_metadata, logits, Rows.plain(len(logits)))
         randomness = (value.to(logits.device) for value in self.randomness(sampling_metadata, len(logits)))
-        ids = torch.ops.gcu.sample(logits, *randomness, **asked)
+        ids = direct.sample(logits, *randomness, **asked)
         mode = logprobs_mode_override or self.logprobs_mode
         return SamplerOutput(
             sampled_token_ids=ids.to(torch.int32).unsqueeze(-1),

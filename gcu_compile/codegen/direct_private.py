@@ -2,6 +2,8 @@
 
     buf0 = torch.ops.gcu.int8_gemm.default(arg0_1, ...)    becomes    buf0 = gcu_direct.int8_gemm(arg0_1, ...)
 
+with optional arguments by name, and without those that have their default.
+
 Without (torch 2.11 has no place for it) the wrapper calls the operation, which means the same and takes longer.
 """
 
@@ -11,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._inductor.virtualized import V
 
 from gcu_compile.kernels import registry
@@ -33,7 +36,10 @@ def install() -> None:
 
 def _write(op: str, name: str, node: Any, writeline: Callable[[str], None]) -> None:
     """The line of one call."""
-    arguments = [*node.codegen_args(), *(text for text in node.codegen_kwargs() if not text.endswith(LEFT_OUT))]
+    overload = getattr(torch.ops.gcu, op).default
+    given = zip(overload._schema.arguments, node.codegen_args(), strict=False)
+    texts = [f"{taken.name}={text}" if taken.has_default_value() else text for taken, text in given]
+    arguments = [text for text in (*texts, *node.codegen_kwargs()) if not text.endswith(LEFT_OUT)]
     if all(tensor.get_device().type == "cpu" for tensor in node.inputs):
         V.graph.wrapper_code.add_import_once(IMPORT)
         name = f"gcu_direct.{op}"

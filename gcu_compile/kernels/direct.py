@@ -1,7 +1,7 @@
-"""Fused operations on the CPU for code that Inductor wrote, past torch's dispatcher.
+"""Fused operations past torch's dispatcher, for code that Inductor wrote for the CPU and for our own.
 
 `direct.int8_gemm(...)` means `torch.ops.gcu.int8_gemm.default(...)` and takes its arguments. The dispatcher and the
-call of Python from it take longer than a small product, and generated code has real tensors of a device that is known.
+call of Python from it take longer than a small product.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ from gcu_compile.kernels import registry
 def __getattr__(name: str) -> Callable:
     if name not in registry.OPS or not registry.has_direct(registry.OPS[name]):
         raise AttributeError(f"no operation {name!r} with a short way")
-    directly, dispatched = registry.directly(registry.OPS[name]), getattr(torch.ops.gcu, name).default
-
-    def call(x, *args, **kwargs):
-        # A view that negates (the imaginary part of a conjugate) is made real by the dispatcher alone.
-        return dispatched(x, *args, **kwargs) if x.is_neg() else directly(x, *args, **kwargs)
-
-    globals()[name] = call
+    # What the short way does not take goes to the dispatcher, which knows of views that negate, modes and transforms.
+    call = globals()[name] = registry.directly(registry.OPS[name], getattr(torch.ops.gcu, name).default)
     return call

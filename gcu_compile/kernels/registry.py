@@ -144,8 +144,12 @@ def has_direct(op: FusedOp) -> bool:
     return any(implementation.direct for implementation in op.implementations)
 
 
-def directly(op: FusedOp) -> Callable:
-    """`dispatch` of an `op` that has one, for arguments on the CPU: the implementation's `direct` is asked first."""
+def directly(op: FusedOp, otherwise: Callable | None = None) -> Callable:
+    """`dispatch` of an `op` that has one, for arguments on the CPU: the implementation's `direct` is asked first.
+
+    Args:
+        otherwise: what is called instead of `dispatch`, with the same arguments.
+    """
     implementation = next(one for one in op.implementations if one.direct)
     direct, key = implementation.direct, (op.name, implementation.name)
 
@@ -158,7 +162,7 @@ def directly(op: FusedOp) -> Callable:
             if result is not None:
                 calls[key] += 1
                 return result
-        return dispatch(op, *args, site=site, **kwargs)
+        return (otherwise or functools.partial(dispatch, op))(*args, site=site, **kwargs)
 
     return call
 

@@ -116,7 +116,7 @@ def direct(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str)
     if layer is None or layer.layout != layout or x.dim() != 2:
         return None
     (m, k), (stride, inner) = x.shape, x.stride()
-    if k != layer.k or inner != 1 or x.dtype not in FLOATS or not x.is_cpu:
+    if k != layer.k or inner != 1 or x.dtype not in FLOATS or not x.is_cpu or x.is_neg():
         return None
     return layer.multiply(x, m, stride)
 

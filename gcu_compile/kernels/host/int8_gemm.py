@@ -139,7 +139,7 @@ def direct(
     if layer is None or layer.layout != layout or x.dim() != 2:
         return None
     (m, k), (stride, inner), dtype = x.shape, x.stride(), x.dtype
-    if k != layer.k or inner != 1 or not x.is_cpu:
+    if k != layer.k or inner != 1 or not x.is_cpu or x.is_neg():
         return None
     if dtype is torch.int8:
         if x_scales is None:

@@ -1,5 +1,6 @@
 // gcu::sample on the host: rows over the threads, or one row's vocabulary over them. See sampling/row.h.
 
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -53,6 +54,17 @@ extern "C" int32_t gcu_sample(const Arguments* in) {
     in->ids[row] = Row(*in, row, pool, threads).sample();
   });
   return FINE;
+}
+
+// The same with arguments of which those that change from call to call are missing: places[1 ...], of which there are
+// places[0], are the 8-byte fields that get `values`.
+extern "C" int32_t gcu_sample_known(const Arguments* known, const int64_t* places, const int64_t* values) {
+  int64_t fields[sizeof(Arguments) / 8];
+  std::memcpy(fields, known, sizeof fields);
+  for (int64_t i = 0; i < places[0]; ++i) fields[places[1 + i]] = values[i];
+  Arguments in;
+  std::memcpy(&in, fields, sizeof in);
+  return gcu_sample(&in);
 }
 
 extern "C" int32_t gcu_logprobs(const Arguments* in, const Scored* out) {

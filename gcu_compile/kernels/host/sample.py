@@ -54,7 +54,7 @@ WANTED = {name: (FIELDS.index(name), dtype) for name, dtype in (*POINTERS, *DRAF
 _IDS, _KEPT = FIELDS.index("ids"), FIELDS.index("kept")
 _COUNTS = {"bias_ids": FIELDS.index("bias_count"), "history_ids": FIELDS.index("history_count")}
 SCORED = ("tokens", "given", "count", "normalised", "ids", "scores", "ranks")
-_PACK, _PACK_SCORED = struct.Struct(f"{len(FIELDS)}q").pack, struct.Struct(f"{len(SCORED)}q").pack
+PACK, _PACK_SCORED = struct.Struct(f"{len(FIELDS)}q").pack, struct.Struct(f"{len(SCORED)}q").pack
 
 
 def refuses(logits: torch.Tensor, **settings) -> str | None:
@@ -80,11 +80,11 @@ def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> t
         InvalidInputError: offsets or ids of a list that leave it or the vocabulary.
     """
     ids = torch.empty(logits.shape[0], dtype=torch.int64)
-    arguments, _held = _arguments(logits, settings)
-    arguments[_IDS] = ids.data_ptr()
+    fields, _held = arguments(logits, settings)
+    fields[_IDS] = ids.data_ptr()
     if kept is not None:
-        arguments[_KEPT] = kept.data_ptr()
-    if fault := build.load("sample").gcu_sample(_PACK(*arguments)):
+        fields[_KEPT] = kept.data_ptr()
+    if fault := build.load("sample").gcu_sample(PACK(*fields)):
         raise _error("sample", logits, fault)
     return ids
 
@@ -100,16 +100,16 @@ def run_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int, norm
     ids = torch.empty(rows, given + count, dtype=torch.int32)
     scores = torch.empty(rows, given + count)
     ranks = torch.empty(rows, dtype=torch.int64)
-    arguments, _held = _arguments(logits, settings)
+    fields, _held = arguments(logits, settings)
     tokens = token_ids.long().contiguous()
     pointers = (t.data_ptr() for t in (ids, scores, ranks))
     scored = _PACK_SCORED(tokens.data_ptr(), given, count, normalised, *pointers)
-    if fault := build.load("sample").gcu_logprobs(_PACK(*arguments), scored):
+    if fault := build.load("sample").gcu_logprobs(PACK(*fields), scored):
         raise _error("logprobs", logits, fault)
     return ids, scores, ranks
 
 
-def _arguments(logits: torch.Tensor, settings: dict) -> tuple[list[int], list[torch.Tensor]]:
+def arguments(logits: torch.Tensor, settings: dict) -> tuple[list[int], list[torch.Tensor]]:
     """All fields, and the converted tensors, which must live until the call is over. It runs in every step."""
     found = [0] * len(FIELDS)
     found[:6] = (  # those that FIELDS begins with
