@@ -155,7 +155,14 @@ struct AmxBF16 : BF16 {
     if (M == 2 && N == 2) _tile_stored(3, c2 + 16, ldc * 4);
   }
 
-  static void weigh(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Coming& coming);
+  // Up to DOUBLED rows: weights times values. doubled: room for 128 keys of the weights' tiles; copy: for 16 values. The first
+  // half of a row of sums is the even columns, until `settle_halves`.
+  static constexpr int DOUBLED = 8;
+  static void weigh(const uint16_t* p, int rows, const Source& values, uint16_t* doubled, uint16_t* copy, float* o, int64_t ldo, bool add, Coming& coming);
+  static void settle_halves(float* o, int64_t n, float* copy);
+
+  // The same for up to FEW rows, in the order of `settle`.
+  static void weigh_packed(const uint16_t* p, const Row* values, int n, int64_t dim, uint16_t* packed, float* o, int64_t ldo, bool add, Coming& coming);
 
   // Scores of few rows. turned: Q^T as a panel of 16 columns; d: dim, rounded up to 32; copy: room for 16 keys.
   static void scores(const uint16_t* turned, int rows, const Source& from, int64_t d, uint16_t* copy, float* s, Coming& coming);

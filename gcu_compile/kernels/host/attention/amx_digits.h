@@ -74,7 +74,7 @@ struct Digits {
       for (; key < from.n; key += 16, now ^= 1) {  // vectors work on the tile before
         const char* at = from.keys[key].at;
         int64_t stride = from.stride;
-        if (row == 0) coming.fetch(12);
+        if (row == 0) coming.fetch(16);
         if (!from.even || key + 15 >= from.n || from.keys[key + 15].at - at != 15 * stride) {
           for (int k = key; k < std::min(key + 16, from.n); ++k)
             for (int64_t c = 0; c < chunks_ * CHUNK; c += CHUNK)

@@ -71,39 +71,56 @@ struct Keys {
   }
 };
 
-// Rows of the next block, to be prefetched into the second cache a few at a time between pieces of arithmetic: the CPU's own
-// prefetcher does not see the order of blocks, and many at once would only be waited for. Every line is named: that the CPU
-// fetches lines in pairs holds for a part of them only.
+// Rows that are read soon, in the order in which a tile's keys, its values and the next tile's keys are: prefetched into the
+// first cache some 8 KB before their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not
+// see the order of blocks, it fetches the other line of a pair only sometimes, tiles that are loaded from the second cache
+// are waited for, and so are many rows at once.
 class Coming {
  public:
-  Coming(const Keys& keys, int64_t k_bytes, int64_t v_bytes)
-      : row_(keys.k), end_(keys.k + keys.n), values_(keys.v), bytes_(k_bytes), v_bytes_(v_bytes), v_count_(keys.n) {}
-
-  // Up to `count` rows, of keys and then of values.
-  [[gnu::always_inline]] void fetch(int count) {
-    const Row* stop = row_ + count;
-    if (stop >= end_) [[unlikely]] return last();
-    for (; row_ != stop; ++row_) prefetch(row_->at);
+  Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes) {
+    const int ahead = rows_ahead(k_bytes);
+    parts_[0] = {now.k + std::min(ahead, now.n), now.k + now.n, k_bytes};
+    parts_[1] = {now.v, now.v + now.n, v_bytes};
+    parts_[2] = {next.k, next.k + std::min(ahead, next.n), k_bytes};
   }
 
-  // What is left.
-  void rest() { last(), last(); }
+  // Up to `count` rows.
+  [[gnu::always_inline]] void fetch(int count) {
+    Part& part = parts_[at_];
+    const Row* stop = part.row + count;
+    if (stop > part.end) [[unlikely]] return across(count);
+    for (; part.row != stop; ++part.row) prefetch(part.row->at, part.bytes);
+  }
+
+  // The first rows of all.
+  static void begin(const Keys& keys, int64_t bytes) {
+    for (int i = 0; i < std::min(rows_ahead(bytes), keys.n); ++i) prefetch(keys.k[i].at, bytes);
+  }
 
  private:
-  [[gnu::always_inline]] void prefetch(const char* at) const {
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(at + bytes_ - 1, 0, 2);
-    for (int64_t b = 64; b < bytes_ - 64; b += 64) __builtin_prefetch(at + b, 0, 2);
+  struct Part {
+    const Row *row, *end;
+    int64_t bytes;
+  };
+
+  static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(8192 / bytes, 16, TILE_KEYS_DECODE)); }
+
+  [[gnu::always_inline]] static void prefetch(const char* at, int64_t bytes) {
+    __builtin_prefetch(at, 0, 3);
+    __builtin_prefetch(at + bytes - 1, 0, 3);
+    for (int64_t b = 64; b < bytes - 64; b += 64) __builtin_prefetch(at + b, 0, 3);
   }
 
-  [[gnu::noinline]] void last() {
-    for (; row_ != end_; ++row_) prefetch(row_->at);
-    if (v_count_) row_ = values_, end_ = values_ + v_count_, bytes_ = v_bytes_, v_count_ = 0;
+  [[gnu::noinline]] void across(int count) {
+    for (; count > 0; --count) {
+      while (at_ < 2 && parts_[at_].row == parts_[at_].end) ++at_;
+      if (parts_[at_].row == parts_[at_].end) return;
+      prefetch(parts_[at_].row++->at, parts_[at_].bytes);
+    }
   }
 
-  const Row *row_, *end_, *values_;
-  int64_t bytes_, v_bytes_;
-  int v_count_;  // 0 once it is the values' turn
+  Part parts_[3];
+  int at_ = 0;
 };
 
 }  // namespace

@@ -44,7 +44,7 @@ class Tile {
     start_ = paged_ ? in_.query_start_loc[item.sequence] : 0;
     int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
     offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
-    ldo_ = digits() ? rounded(in_.v_dim, 64) : dv_;
+    ldo_ = digits() ? rounded(in_.v_dim, 64) : doubled() ? rounded(in_.v_dim, 32) : dv_;
     load_queries();
     prepare();
     std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
@@ -63,6 +63,7 @@ class Tile {
       for (int row = 0; row < rows_; ++row) {
         maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
         if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
+        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
         else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
       }
     if (item.partial >= 0) keep();
@@ -165,30 +166,31 @@ class Tile {
     const float* alpha = started_[0] ? alpha_ : nullptr;
     started_[0] = true;
     if constexpr (P::BY_TILES) {
-      const int64_t stride = in_.k_at.token * size_, block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
-      Coming coming(*next_, in_.head_dim * size_, in_.v_dim * size_);
-      const bool even = in_.head_dim % (64 / size_) == 0 && block_size >= 16;
-      const Source source{at.k, at.n, even, in_.head_dim, stride};
+      const int64_t block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
+      Coming coming(at, *next_, in_.head_dim * size_, in_.v_dim * size_);
+      if (key == item_.first_key) Coming::begin(at, in_.head_dim * size_);
+      auto source = [&](const Row* rows, int64_t dim, const Strides& by) {
+        return Source{rows, at.n, dim % (64 / size_) == 0 && block_size >= 16, dim, by.token * size_};
+      };
+      const Source keys = source(at.k, in_.head_dim, in_.k_at);
       auto weigh_rows = [&](auto* p) {
         for (int row = 0; row < rows_; ++row)
-          for (int64_t from = 0; from < end; from += 64) {
-            coming.fetch(4);
+          for (int64_t from = 0; from < end; from += 64)
             weigh(row, s_ + row * TILE_KEYS, p + row * TILE_KEYS, key, from, std::min(from + 64, end));
-          }
       };
       if (digits()) {
-        digits_.scores(reinterpret_cast<int8_t*>(turned()), rows_, source, in_.k_zero ? at.k_zero : nullptr,
+        digits_.scores(reinterpret_cast<int8_t*>(turned()), rows_, keys, in_.k_zero ? at.k_zero : nullptr,
                        reinterpret_cast<char*>(k_), s_, coming);
         weigh_rows(s_);
         for (int row = 0; row < rows_ && end < TILE_KEYS_DECODE; ++row) std::fill(s_ + row * TILE_KEYS + end, s_ + row * TILE_KEYS + TILE_KEYS_DECODE, 0.0f);
         digits_.weights(s_, rows_, in_.v_zero ? at.v_zero : nullptr, reinterpret_cast<int8_t*>(p_));
         digits_.weigh(reinterpret_cast<int8_t*>(p_), rows_, at.v, at.n, in_.v_dim, reinterpret_cast<char*>(v_), o_, ldo_, coming);
       } else {
-        P::scores(turned(), rows_, source, d_, k_, s_, coming);
+        P::scores(turned(), rows_, keys, d_, k_, s_, coming);
         weigh_rows(p_);
-        P::weigh(p_, at.v, at.n, in_.v_dim, v_, o_, dv_, alpha, coming);
+        if (doubled()) P::weigh(p_, rows_, source(at.v, in_.v_dim, in_.v_at), k_, v_, o_, ldo_, alpha, coming);
+        else P::weigh_packed(p_, at.v, at.n, in_.v_dim, v_, o_, ldo_, alpha, coming);
       }
-      coming.rest();
     } else if constexpr (P::FEW > 0) {
       P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
@@ -197,6 +199,11 @@ class Tile {
   }
 
   bool digits() const { return P::BY_TILES && in_.cache_dtype == I8T && rows_ <= P::FEW; }
+
+  bool doubled() const {
+    if constexpr (P::BY_TILES) return in_.cache_dtype == BF16T && rows_ <= P::DOUBLED;
+    return false;
+  }
 
   A* turned() { return q_ + P::FEW * d_; }
 
