@@ -110,6 +110,43 @@ def test_one_token_that_is_adjusted(dtype):
             check(x, *numbers(3, 9), temperature=torch.ones(3), top_p=torch.full((3,), p), **asked)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 40, 900, 6000])
+def test_tokens_that_are_touched_among_the_best(k, dtype, isa, monkeypatch):
+    """By bias, by penalties, by both and by neither: into the best and out of them, side by side, at the edges of
+    blocks and groups, one in a block and many."""
+    if not available(isa, monkeypatch):
+        return
+    rows, vocab = 4, 20011
+    x = normal(rows, vocab, 12).to(dtype)
+    edges = [0, 1, 31, 32, 33, 4095, 4096, 4097, 8190, 8191, 12288, 20010]
+    generator = torch.Generator().manual_seed(13)
+    best = x[0].float().topk(30).indices.tolist()
+    ids = sorted({*edges, *best, *torch.randperm(vocab, generator=generator)[:300].tolist()})
+    history = torch.tensor(ids[::2] * 2, dtype=torch.int32)
+    biased = torch.tensor(sorted([*ids[::3], 4095, 4095]) * 2, dtype=torch.int32)
+    asked = {
+        "history_offsets": torch.tensor([0, len(history) // 2, len(history) // 2, len(history), len(history)]),
+        "history_ids": history,
+        "history_counts": torch.randint(0, 3, (len(history),), generator=generator, dtype=torch.int32),
+        "bias_offsets": torch.tensor([0, 0, 0, len(biased) // 2, len(biased)]),
+        "bias_ids": biased,
+        "bias_values": torch.randn(len(biased), generator=generator) * 6,
+        "repetition": torch.tensor([1.3, 1.0, 0.5, 1.0]),
+        "frequency": torch.tensor([-2.1, 0.0, 0.7, 0.0]),
+        "presence": torch.tensor([-3.3, 0.0, 1.1, 0.0]),
+    }
+    asked["bias_values"][::7] = -torch.inf
+    if k == 2:
+        asked["forbidden"] = torch.rand(rows, vocab, generator=generator) < 0.5
+    top_k, whole = torch.full((rows,), k, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    for more in ({"top_k": top_k}, {"top_k": top_k, "top_p": torch.full((rows,), 0.8)}, {"top_k": whole}):
+        check(x, *numbers(rows, 14), temperature=torch.ones(rows), **asked, **more)
+    check(x, *numbers(rows, 14), temperature=torch.ones(rows), top_p=torch.full((rows,), 0.8), **asked)
+    check(x, *numbers(rows, 14), temperature=torch.zeros(rows), **asked)
+
+
 @st.composite
 def rows_to_mislead(draw):
     """A row of several levels and distributions, in stripes that fall in and out of step with blocks and groups."""

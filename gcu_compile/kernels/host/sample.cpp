@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t WORTH_SPLITTING = 1 << 15;  // logits of a row; below, waking a second thread costs more
-
 enum Fault : int32_t { FINE = 0, BIAS_OFFSETS, BIAS_IDS, HISTORY_OFFSETS, HISTORY_IDS, TOKENS };
 
 // Flat lists cut by offsets: whether they can be walked without leaving memory.
@@ -34,7 +32,7 @@ template <class Body>
 void each_row(const Arguments& in, Body body) {
   // Kept for the calling thread's next call; not shared between callers.
   static thread_local std::vector<std::unique_ptr<Scratch>> owned;
-  int threads = in.rows * in.vocab < WORTH_SPLITTING ? 1 : in.threads;
+  int threads = in.rows * in.vocab * WEIGHED < WORTH_SPLITTING ? 1 : in.threads;
   while (int(owned.size()) < threads) owned.push_back(std::make_unique<Scratch>());
   std::vector<Scratch*> pool;
   for (auto& scratch : owned) pool.push_back(scratch.get());

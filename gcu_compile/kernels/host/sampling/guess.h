@@ -30,18 +30,35 @@ struct Groups {
     maxima.resize(blocks * GROUPS), others.resize(blocks * GROUPS), sizes.resize(blocks);
   }
 
-  // Reads block b, n values; returns its maximum, NaN aside. `weights`, or null: puts its quick sum at `mass`.
+  // Reads block b, n values and the touched ones; returns its maximum, NaN aside. `weights`, or null: puts its quick sum at
+  // `mass`.
 #ifdef __AVX512F__
   template <Dtype DTYPE>
-  float take(int64_t b, Stream<DTYPE> stream, int n, const Weights* weights, double& mass) {
-    __m512 m0 = _mm512_set1_ps(-INF), m1 = m0;
+  float take(int64_t b, Stream<DTYPE> stream, int n, Touched::List touched, const Weights* weights, double& mass) {
+    __m512 m0 = _mm512_set1_ps(-INF), m1 = m0, m2 = m0, m3 = m0;  // in turn: they wait less for each other
     auto both = [&](int i) __attribute__((always_inline)) {
       Both v = stream.both(i);
       m0 = _mm512_max_ps(v.first, m0), m1 = _mm512_max_ps(v.second, m1);  // of NaN and a number, the second operand
       return v;
     };
-    if (weights) mass = weights->quick_sum32(both, n, -FLT_MAX);
-    else for (int i = 0; i < n; i += GROUPS) both(i);
+    if (weights) {
+      mass = weights->quick_sum32(both, n, -FLT_MAX);
+    } else {
+      int i = 0;
+      for (; i + 2 * GROUPS <= n; i += 2 * GROUPS) {
+        both(i);
+        Both v = stream.both(i + GROUPS);
+        m2 = _mm512_max_ps(v.first, m2), m3 = _mm512_max_ps(v.second, m3);
+      }
+      if (i < n) both(i);
+      m0 = _mm512_max_ps(m0, m2), m1 = _mm512_max_ps(m1, m3);
+    }
+    for (int j = 0; j < touched.n; j += GROUPS) {
+      alignas(64) float some[GROUPS];
+      std::fill(std::copy_n(touched.values + j, std::min(GROUPS, touched.n - j), some), some + GROUPS, -INF);
+      m0 = _mm512_max_ps(_mm512_load_ps(some), m0), m1 = _mm512_max_ps(_mm512_load_ps(some + 16), m1);
+      if (weights) mass += weights->quick_sum(some, GROUPS, -FLT_MAX);
+    }
     float* m = maxima.data() + b * GROUPS;
     _mm512_storeu_ps(m, m0), _mm512_storeu_ps(m + 16, m1);
     int place = int(b * 37 % (n / GROUPS)) * GROUPS;
@@ -53,7 +70,7 @@ struct Groups {
     return _mm512_reduce_max_ps(_mm512_max_ps(m0, m1));
   }
 #else
-  float take(int64_t b, const float* z, int n, const Weights* weights, double& mass) {
+  float take(int64_t b, const float* z, int n, Touched::List, const Weights* weights, double& mass) {  // all are among z
     if (weights) mass = weights->quick_sum(z, n, -FLT_MAX);
     alignas(64) float m[GROUPS];
     std::copy(z, z + GROUPS, m);

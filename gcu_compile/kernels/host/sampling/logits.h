@@ -12,13 +12,16 @@
 
 #include "arguments.h"
 #include "order.h"
+#include "touched.h"
 
 constexpr int BLOCK = 4096;  // logits per block: 16 KiB of float32, half of an L1 cache or less
 constexpr int GROUPS = 32;   // a block's values at the same place modulo GROUPS are a group
 
 class Logits {
  public:
-  Logits(const Arguments& in, int64_t row) : in_(in), row_(row) {}
+  Logits(const Arguments& in, int64_t row, Touched& touched) : in_(in), row_(row), touched_(touched) {
+    touched.find(in, row, BLOCK, [this](int64_t id) { return one(id); });
+  }
 
   int64_t blocks() const { return (in_.vocab + BLOCK - 1) / BLOCK; }
 
@@ -32,8 +35,8 @@ class Logits {
 #pragma omp simd
       for (int i = 0; i < n; ++i) z[i] = forbidden[i] ? -INF : z[i];
     }
-    if (in_.bias_offsets) add_bias(begin, n, z);
-    if (in_.history_offsets) penalise(begin, n, z);
+    Touched::List touched = touched_.of(b);
+    for (int j = 0; j < touched.n; ++j) z[touched.ids[j] - begin] = touched.values[j];
     int padded = (n + GROUPS - 1) / GROUPS * GROUPS;
     std::fill(z + n, z + padded, -INF);
     return padded;
@@ -41,16 +44,51 @@ class Logits {
 
   // Block b where it lies, if it is whole and nothing adjusts it; else null.
   const void* plain(int64_t b) const {
-    if (in_.forbidden || (b + 1) * BLOCK > in_.vocab) return nullptr;
-    if (in_.bias_offsets && names(in_.bias_offsets, in_.bias_ids, b)) return nullptr;
-    if (in_.history_offsets && names(in_.history_offsets, in_.history_ids, b)) return nullptr;
+    if (in_.forbidden || (b + 1) * BLOCK > in_.vocab || touched_.of(b).n) return nullptr;
     int64_t at = row_ * in_.stride + b * BLOCK;
     return static_cast<const char*>(in_.logits) + at * (in_.dtype == F32 ? 4 : 2);
   }
-  bool adjusted() const { return in_.forbidden || in_.bias_offsets || in_.history_offsets; }
+
+  // Block b as 16-bit numbers, -infinity where a token is touched, forbidden or not there: where it lies, if it is whole
+  // and nothing adjusts it, else in `room`. With its length, a multiple of GROUPS, and the touched tokens.
+  struct Narrow {
+    const void* at;
+    int n;
+    Touched::List touched;
+  };
+  Narrow narrow(int64_t b, float* room) const {
+    int64_t begin = b * BLOCK;
+    int n = int(std::min<int64_t>(BLOCK, in_.vocab - begin)), padded = (n + GROUPS - 1) / GROUPS * GROUPS;
+    const uint16_t* source = static_cast<const uint16_t*>(in_.logits) + row_ * in_.stride + begin;
+    Touched::List touched = touched_.of(b);
+    if (!in_.forbidden && n == padded && touched.n == 0) return {source, n, touched};
+    uint16_t* z = reinterpret_cast<uint16_t*>(room);
+    const uint16_t least = in_.dtype == BF16 ? 0xff80 : 0xfc00;
+    if (in_.forbidden) {
+      const uint8_t* forbidden = in_.forbidden + row_ * in_.vocab + begin;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) z[i] = forbidden[i] ? least : source[i];
+    } else {
+      std::memcpy(z, source, n * sizeof *z);
+    }
+    for (int j = 0; j < touched.n; ++j) z[touched.ids[j] - begin] = least;
+    std::fill(z + n, z + padded, least);
+    return {z, padded, touched};
+  }
+  bool wide() const { return in_.dtype == F32; }
   Dtype dtype() const { return Dtype(in_.dtype); }
 
  private:
+  // A logit under its mask alone.
+  float one(int64_t id) const {
+    int64_t at = row_ * in_.stride + id;
+    float z;
+    if (in_.dtype == F32) z = static_cast<const float*>(in_.logits)[at];
+    else if (in_.dtype == BF16) z = std::bit_cast<float>(uint32_t(static_cast<const uint16_t*>(in_.logits)[at]) << 16);
+    else z = float(static_cast<const _Float16*>(in_.logits)[at]);
+    return z != z || (in_.forbidden && in_.forbidden[row_ * in_.vocab + id]) ? -INF : z;
+  }
+
   void convert(int64_t at, int n, float* z) const {
     int i = 0;
     if (in_.dtype == F32) {
@@ -85,39 +123,7 @@ class Logits {
     }
   }
 
-  void add_bias(int64_t begin, int n, float* z) const {
-    int64_t end = in_.bias_offsets[row_ + 1];
-    for (int64_t j = first(in_.bias_offsets, in_.bias_ids, begin); j < end && in_.bias_ids[j] < begin + n; ++j) {
-      float value = z[in_.bias_ids[j] - begin] + in_.bias_values[j];
-      z[in_.bias_ids[j] - begin] = value == value ? value : -INF;  // +inf forbidden
-    }
-  }
-
-  void penalise(int64_t begin, int n, float* z) const {
-    float repetition = in_.repetition[row_], frequency = in_.frequency[row_], presence = in_.presence[row_];
-    int64_t end = in_.history_offsets[row_ + 1];
-    int64_t j = first(in_.history_offsets, in_.history_ids, begin);
-    for (; j < end && in_.history_ids[j] < begin + n; ++j) {
-      float value = z[in_.history_ids[j] - begin], count = float(in_.history_counts[j]);
-      value = value > 0 ? value / repetition : value * repetition;
-      volatile float product = frequency * count;  // rounded as in the eager meaning: no fused multiply-add
-      value = value - product;
-      value = value - (count > 0 ? presence : 0.0f);
-      z[in_.history_ids[j] - begin] = value == value ? value : -INF;
-    }
-  }
-
-  int64_t first(const int64_t* offsets, const int32_t* ids, int64_t begin) const {
-    return std::lower_bound(ids + offsets[row_], ids + offsets[row_ + 1], begin) - ids;
-  }
-
-  // Whether the row's list has a token of block b; a long one is not searched.
-  bool names(const int64_t* offsets, const int32_t* ids, int64_t b) const {
-    if (offsets[row_ + 1] - offsets[row_] > blocks()) return true;
-    int64_t j = first(offsets, ids, b * BLOCK);
-    return j < offsets[row_ + 1] && ids[j] < (b + 1) * BLOCK;
-  }
-
   const Arguments& in_;
   int64_t row_;
+  const Touched& touched_;
 };

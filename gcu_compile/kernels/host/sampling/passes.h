@@ -5,18 +5,27 @@
 
 #include "scratch.h"
 
+// What is worth waking a second thread for, in logits that are compared; to weigh one costs as much as WEIGHED of them.
+#ifdef __AVX512F__
+constexpr int64_t WORTH_SPLITTING = 1 << 17;
+#else
+constexpr int64_t WORTH_SPLITTING = 1 << 15;
+#endif
+constexpr int WEIGHED = 4;
+
 class Passes {
  public:
   // `pool`: a scratch per thread that works on this row.
   Passes(const Arguments& in, int64_t row, Scratch* const* pool, int threads)
-      : in_(in), row_(row), logits_(in, row), blocks_(logits_.blocks()), pool_(pool), threads_(threads), own_(*pool[0]) {
+      : in_(in), row_(row), logits_(in, row, pool[0]->touched), blocks_(logits_.blocks()), pool_(pool), threads_(threads), own_(*pool[0]) {
     own_.resize(blocks_);
   }
 
  protected:
+  // `cost` of a logit: of comparing it, WEIGHED where all are weighed.
   template <class Body>
-  void each_index(Body body) {
-    if (threads_ == 1) {
+  void each_index(int cost, Body body) {
+    if (threads_ == 1 || in_.vocab * cost < WORTH_SPLITTING) {
       for (int64_t b = 0; b < blocks_; ++b) body(b, own_);
       return;
     }
@@ -27,8 +36,8 @@ class Passes {
     }
   }
   template <class Body>
-  void each_block(Body body) {
-    each_index([&](int64_t b, Scratch& scratch) {
+  void each_block(int cost, Body body) {
+    each_index(cost, [&](int64_t b, Scratch& scratch) {
       int n = logits_.load(b, scratch.block);
       body(b, scratch.block, n, scratch);
     });
@@ -36,19 +45,23 @@ class Passes {
 
   // Reads block b: its maximum and groups, and with `weights` its mass, in own_.from.
   void read(int64_t b, Scratch& scratch, const Weights* weights) {
-    auto take = [&](auto at, int n) { own_.maxima[b] = own_.groups.take(b, at, n, weights, own_.from[b]); };
+    auto take = [&](auto at, int n, Touched::List touched) {
+      own_.maxima[b] = own_.groups.take(b, at, n, touched, weights, own_.from[b]);
+    };
 #ifdef __AVX512F__
-    if (const void* plain = logits_.plain(b)) {
-      return with_stream(plain, logits_.dtype(), [&](auto stream) { take(stream, BLOCK); });
+    if (!logits_.wide()) {
+      Logits::Narrow block = logits_.narrow(b, scratch.block);
+      return with_stream(block.at, logits_.dtype(), [&](auto stream) { take(stream, block.n, block.touched); });
     }
+    if (const void* plain = logits_.plain(b)) return take(Stream<F32>{static_cast<const char*>(plain)}, BLOCK, {});
 #endif
     int n = logits_.load(b, scratch.block);
-    take(stream_of(scratch.block), n);
+    take(stream_of(scratch.block), n, {});
   }
 
   // The first pass: maxima, groups, and with `weights` each block's mass, in own_.from.
   void first_pass(const Weights* weights) {
-    each_index([&](int64_t b, Scratch& scratch) { read(b, scratch, weights); });
+    each_index(weights ? WEIGHED : 1, [&](int64_t b, Scratch& scratch) { read(b, scratch, weights); });
     max_ = *std::max_element(own_.maxima.begin(), own_.maxima.end());
   }
 
@@ -73,10 +86,9 @@ class Passes {
   bool scan(float low, float high, const Weights* weights) {
     for (int t = 0; t < threads_; ++t) pool_[t]->n = 0;
     const std::vector<float>& sample = own_.groups.others;
-    bool packs = (weights || (PACKS16 && logits_.dtype() != F32 && !logits_.adjusted())) &&
-                 count_from(sample.data(), int(sample.size()), low) < int64_t(sample.size()) / 2;
+    bool packs = weights && count_from(sample.data(), int(sample.size()), low) < int64_t(sample.size()) / 2;
     packed_from_ = packs ? low : NONE;
-    each_index([&](int64_t b, Scratch& scratch) {
+    each_index(!weights ? 1 : packs ? 2 : WEIGHED, [&](int64_t b, Scratch& scratch) {
       own_.from[b] = own_.above[b] = 0;
       own_.inside[b] = own_.beyond[b] = 0;
       if (own_.maxima[b] < low) return;
@@ -87,18 +99,21 @@ class Passes {
         }
         sift(values, count, id, low, high, scratch, own_.inside[b], own_.beyond[b]);
       };
+#ifdef __AVX512F__
+      if (!weights && !logits_.wide() && hits(b, low) < GROUPS * 3 / 4) return sift_hits(b, low, high, scratch);
+#endif
       if (!packs) {
         int n = logits_.load(b, scratch.block);
         return take(scratch.block, n, b * BLOCK);
       }
-      bool few = count_from(own_.groups.maxima.data() + b * GROUPS, GROUPS, low) < GROUPS / 4;
+      bool few = hits(b, low) < GROUPS / 4;
       int64_t place = b * BLOCK;
       auto take_packed = [&](int some) {
         take(scratch.packed, pad(scratch.packed, some), place);
         place += some;
       };
 #ifdef __AVX512VBMI2__
-      if (const void* plain = logits_.dtype() != F32 ? logits_.plain(b) : nullptr) {
+      if (const void* plain = logits_.wide() ? nullptr : logits_.plain(b)) {
         uint16_t* found = reinterpret_cast<uint16_t*>(scratch.block);
         int m = (few ? pack16<true> : pack16<false>)(plain, BLOCK, logits_.dtype(), low, found);
         with_stream(found, logits_.dtype(), [&](auto stream) {
@@ -118,6 +133,37 @@ class Passes {
     });
     return gather();
   }
+
+  // How many groups of block b have a token from `low` on.
+  int64_t hits(int64_t b, float low) const { return count_from(own_.groups.maxima.data() + b * GROUPS, GROUPS, low); }
+
+#ifdef __AVX512F__
+  // Sifts those of block b's 16-bit logits that stand near one from `low` on.
+  void sift_hits(int64_t b, float low, float high, Scratch& scratch) {
+    Logits::Narrow block = logits_.narrow(b, scratch.block);
+    const Touched::List touched = block.touched;
+    int64_t begin = b * BLOCK;
+    int j = 0;  // touched ones before it are done with
+    with_stream(block.at, logits_.dtype(), [&](auto stream) {
+      auto take = [&](int i) {
+        float* z = scratch.packed;
+        _mm512_store_ps(z, stream.at(i)), _mm512_store_ps(z + 16, stream.at(i + 16));
+        for (; j < touched.n && touched.ids[j] < begin + i + GROUPS; ++j) {
+          if (touched.ids[j] >= begin + i) z[touched.ids[j] - begin - i] = touched.values[j];
+        }
+        sift(z, GROUPS, begin + i, low, high, scratch, own_.inside[b], own_.beyond[b]);
+      };
+      auto take_touched = [&](int end) {  // those before place `end`
+        while (j < touched.n && touched.ids[j] < begin + end) {
+          if (touched.values[j] >= low) take(int(touched.ids[j] - begin) / GROUPS * GROUPS);
+          else ++j;
+        }
+      };
+      each_hit(block.at, block.n, logits_.dtype(), low, [&](int i) { take_touched(i), take(i); });
+      take_touched(block.n);
+    });
+  }
+#endif
 
   // The id of a token that the last scan gathered.
   int64_t id_of(int64_t gathered) {
@@ -164,7 +210,7 @@ class Passes {
   double weigh_blocks(const Kept& kept, bool quick) {
     float tie = float_of(kept.key), from = kept.last == ALL_TIES ? tie : float_of(kept.key + 1);
     double w = weights_(tie);
-    each_block([&](int64_t b, const float* z, int n, Scratch&) {
+    each_block(WEIGHED, [&](int64_t b, const float* z, int n, Scratch&) {
       double mass = own_.maxima[b] < from ? 0.0 : quick ? weights_.quick_sum(z, n, from) : weights_.sum(z, n, from);
       if (from != tie && b * BLOCK <= kept.last) {
         int64_t ties = 0, end = std::min<int64_t>(n, kept.last - b * BLOCK + 1);

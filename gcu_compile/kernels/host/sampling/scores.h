@@ -70,7 +70,7 @@ class Scores : public Row {
 
   // Kept tokens that are not below z, itself among them.
   int64_t rank_of(float z) {
-    each_block([&](int64_t b, const float* block, int n, Scratch&) {
+    each_block(1, [&](int64_t b, const float* block, int n, Scratch&) {
       own_.inside[b] = 0;
       if (own_.maxima[b] < z) return;
       if (key_of(z) > kept_.key || kept_.last >= (b + 1) * BLOCK) own_.inside[b] = count_from(block, n, z);

@@ -21,6 +21,7 @@ struct Scratch {
   int n = 0;
   // Of the row, in the first thread's scratch; one element per block.
   Groups groups;
+  Touched touched;
   std::vector<float> maxima;
   std::vector<double> from, above;
   std::vector<int64_t> inside, beyond;

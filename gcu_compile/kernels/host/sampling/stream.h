@@ -43,29 +43,51 @@ void with_stream(const void* plain, Dtype dtype, Body body) {
   else body(Stream<F32>{p});
 }
 
-#ifdef __AVX512VBMI2__
-constexpr bool PACKS16 = true;
+// Which of 32 values of a 16-bit dtype are of [low, infinity]. Signed as integers, floats of one sign are ordered, and
+// negative ones come before the others; unsigned, they come behind them, with the greatest first.
+class From16 {
+ public:
+  From16(Dtype dtype, float low) : positive_(low > 0) {
+    uint16_t image;  // of the least value that is not below `low`; zero as -0
+    if (dtype == BF16) image = uint16_t((std::bit_cast<uint32_t>(low) + (positive_ ? 0xffff : 0)) >> 16);
+    else image = _cvtss_sh(low, _MM_FROUND_TO_POS_INF);
+    if (low == 0) image = 0x8000;
+    uint16_t most = dtype == BF16 ? 0x7f80 : 0x7c00;
+    limit_ = _mm512_set1_epi16(int16_t(image)), infinity_ = _mm512_set1_epi16(int16_t(most));
+    span_ = _mm512_set1_epi16(int16_t(most - image));
+  }
+  // Without NaN, whose bits are beyond infinity's, or beyond those of -infinity.
+  __mmask32 operator()(__m512i v) const {
+    return positive_ ? _mm512_cmple_epu16_mask(_mm512_sub_epi16(v, limit_), span_)
+                     : _mm512_mask_cmple_epu16_mask(_mm512_cmple_epi16_mask(v, infinity_), v, limit_);
+  }
 
+ private:
+  bool positive_;
+  __m512i limit_, infinity_, span_;
+};
+
+// `body(i)` for those i, multiples of 32, where one of the values i ... i + 31 is of [low, infinity]. n is a multiple of 32.
+template <class Body>
+void each_hit(const void* z, int n, Dtype dtype, float low, Body body) {
+  const From16 from(dtype, low);
+  const char* p = static_cast<const char*>(z);
+  for (int i = 0; i < n; i += 32) {
+    if (from(_mm512_loadu_si512(p + i * 2))) body(i);
+  }
+}
+
+#ifdef __AVX512VBMI2__
 // Of n values of a 16-bit dtype, n a multiple of 32, those of [low, infinity] in their order to `out`, which has room for
-// 31 more; returns how many. Signed as integers, floats of one sign are ordered, and negative ones come before the
-// others; unsigned, they come behind them, with the greatest first. FEW: that is what to expect.
+// 31 more; returns how many. FEW: that is what to expect.
 template <bool FEW>
 int pack16(const void* z, int n, Dtype dtype, float low, uint16_t* out) {
-  bool positive = low > 0;
-  uint16_t image;  // of the least value that is not below `low`; zero as -0
-  if (dtype == BF16) image = uint16_t((std::bit_cast<uint32_t>(low) + (positive ? 0xffff : 0)) >> 16);
-  else image = _cvtss_sh(low, _MM_FROUND_TO_POS_INF);
-  if (low == 0) image = 0x8000;
+  const From16 from(dtype, low);
   const char* p = static_cast<const char*>(z);
-  uint16_t most = dtype == BF16 ? 0x7f80 : 0x7c00;
-  __m512i limit = _mm512_set1_epi16(int16_t(image)), infinity = _mm512_set1_epi16(int16_t(most));
-  __m512i span = _mm512_set1_epi16(int16_t(most - image));
   int m = 0;
   for (int i = 0; i < n; i += 32) {
     __m512i v = _mm512_loadu_si512(p + i * 2);
-    // Without NaN, whose bits are beyond infinity's, or beyond those of -infinity.
-    __mmask32 in = positive ? _mm512_cmple_epu16_mask(_mm512_sub_epi16(v, limit), span)
-                            : _mm512_mask_cmple_epu16_mask(_mm512_cmple_epi16_mask(v, infinity), v, limit);
+    __mmask32 in = from(v);
     if (FEW && !in) continue;  // a branch pays where it is nearly always taken
     _mm512_storeu_si512(out + m, _mm512_maskz_compress_epi16(in, v));
     m += __builtin_popcount(in);
@@ -73,10 +95,6 @@ int pack16(const void* z, int n, Dtype dtype, float low, uint16_t* out) {
   return m;
 }
 #endif
-#endif
-
-#ifndef __AVX512VBMI2__
-constexpr bool PACKS16 = false;
 #endif
 
 // What `Groups::take` reads of a block that was loaded.

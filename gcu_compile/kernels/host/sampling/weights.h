@@ -120,7 +120,7 @@ struct Weights {
 #ifdef __AVX512F__
   // `quick_sum` of float32 weights: both(i) gives the values i ... i + 31, and is asked once for each.
   template <class Read>
-  double quick_sum32(Read both, int n, float from) const {
+  [[gnu::always_inline]] double quick_sum32(Read& both, int n, float from) const {
     return takes_all(from) ? quick_sum32<true>(both, n, from) : quick_sum32<false>(both, n, from);
   }
 #endif
@@ -201,7 +201,7 @@ struct Weights {
   }
 
   template <bool ALL, class Read>
-  double quick_sum32(Read both, int n, float from) const {
+  [[gnu::always_inline]] double quick_sum32(Read& both, int n, float from) const {  // in line, `both` keeps to registers
     __m512d a0 = _mm512_setzero_pd(), a1 = a0, a2 = a0, a3 = a0;
     const Weights w = *this;
     auto weight = [&](int i) __attribute__((always_inline)) {
