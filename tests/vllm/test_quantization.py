@@ -1,6 +1,7 @@
 """Quantised checkpoints through vLLM: chosen by vLLM itself, fused by rule, equal to the same weights as numbers."""
 
 import random
+import statistics
 
 import pytest
 import torch
@@ -68,12 +69,17 @@ def test_logits_of_every_format(tmp_path):
 
 
 def check_logprobs(form, found, expected, unquantised, name) -> None:
-    """Weights alone: equal within float32. With int8 activations a difference in the last bit may move a code by one:
-    then within a tenth of what quantising the model changed."""
-    found, expected, unquantised = (torch.tensor(sum(each, [])) for each in (found, expected, unquantised))
+    """Weights alone: equal within float32. With int8 activations a difference in the last bit may move a code by one,
+    and with it every token that follows: then half of the prompts within a tenth of what quantising the model changed,
+    and none further off than half of it."""
     if form.activations:
-        assert (found - expected).abs().mean() < 0.1 * (expected - unquantised).abs().mean(), name
+        shares = []
+        for each in zip(found, expected, unquantised, strict=True):
+            ours, meant, before = map(torch.tensor, each)
+            shares.append(((ours - meant).abs().mean() / (meant - before).abs().mean()).item())
+        assert statistics.median(shares) < 0.1 and max(shares) < 0.5, (name, shares)
         return
+    found, expected = (torch.tensor(sum(each, [])) for each in (found, expected))
     # Sums of all layers follow each other: two of K inputs in a block, and the head's.
     length = LLAMA["hidden_size"] * (2 * LLAMA["num_hidden_layers"] + 1)
     close = tolerance(torch.float32, length, scale=float(expected.abs().max()))

@@ -37,7 +37,7 @@ def _silu_fake(x, up=None):
 def _implementations(check_arguments, name: str) -> tuple[registry.Implementation, ...]:
     runs = {module: _checked(check_arguments, getattr(module, name)) for module in (host, triton)}
     return (
-        registry.Implementation("host_cpp", ("cpu",), runs[host], host.refuses),
+        registry.Implementation("host_cpp", ("cpu",), runs[host], host.refuses, getattr(host, f"direct_{name}")),
         registry.Implementation("triton", ("cuda", "gcu"), runs[triton], triton.refuses),
     )
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 import gcu_compile.kernels.prologues  # noqa: F401  (defines the operations)
 from gcu_compile.errors import InvalidInputError
-from gcu_compile.kernels import registry
+from gcu_compile.kernels import direct, registry
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import prologues as host
 from gcu_compile.kernels.prologues import eager
@@ -153,6 +154,57 @@ def test_strided_rows_leading_dimensions_and_no_rows():
     codes, scales = torch.ops.gcu.silu_mul_quant(wide[..., 4:])
     assert codes.shape == (2, 6, 98) and scales.shape == (2, 6, 1)
     assert torch.ops.gcu.silu_mul_quant(wide[:0])[0].shape == (0, 6, 100)
+
+
+def test_matrices_go_the_short_way_and_all_else_the_long_one(monkeypatch):
+    long = []
+
+    def dispatch(op, *args, **kwargs):
+        long.append(op.name)
+        return original(op, *args, **kwargs)
+
+    original = registry.dispatch
+    monkeypatch.setattr(registry, "dispatch", dispatch)
+    wide, weight = randn(6, 200), randn(64)
+    for dtype in FLOATS:
+        x = wide.to(dtype)
+        for rows in (0, 1, 6):
+            for of_weight in FLOATS:
+                for residual in (None, x[:rows, 70:134], randn(rows, 64, dtype=dtype)):
+                    check_norm(torch.ops.gcu.rms_norm_quant, (x[:rows, 3:67], residual, weight.to(of_weight), 1e-6))
+            check_silu(torch.ops.gcu.silu_mul_quant, x[:rows, 3:103])
+            check_silu(torch.ops.gcu.silu_mul_quant, x[:rows, 3:67], x[:rows, 70:134])
+    assert not long
+    turned, apart = randn(64, 3).T, wide[:, ::2]
+    check_norm(torch.ops.gcu.rms_norm_quant, (turned, None, weight, 1e-6))
+    check_norm(torch.ops.gcu.rms_norm_quant, (randn(3, 64), turned, weight, 1e-6))
+    check_norm(torch.ops.gcu.rms_norm_quant, (randn(3, 64), None, wide[0, :128:2], 1e-6))
+    check_norm(torch.ops.gcu.rms_norm_quant, (randn(2, 3, 64), None, weight, 1e-6))
+    check_silu(torch.ops.gcu.silu_mul_quant, apart)
+    check_silu(torch.ops.gcu.silu_mul_quant, apart, wide[:, 100:])
+    check_silu(torch.ops.gcu.silu_mul_quant, randn(10))
+    assert len(long) == 7
+
+
+def test_a_view_that_negates_is_negated_on_the_short_way():
+    x, other = (torch._neg_view(randn(5, 64, seed=seed)) for seed in (0, 1))
+    for one, two in ((x, other), (x.resolve_neg(), other), (x, other.resolve_neg())):
+        check_norm(direct.rms_norm_quant, (one, two, torch.ones(64), 1e-6))
+        check_silu(direct.silu_mul_quant, one, two)
+
+
+def test_generated_code_goes_the_short_way():
+    weight = randn(64)
+
+    def fn(x, residual):
+        codes, scales, total = torch.ops.gcu.rms_norm_quant(x, residual, weight, 1e-6)
+        gated, steps = torch.ops.gcu.silu_mul_quant(total * 2)
+        return codes.int() + 1, scales * 2, total, gated.int(), steps
+
+    x, residual = randn(5, 64, dtype=BF16), randn(5, 64, seed=1, dtype=BF16)
+    found, (code,) = run_and_get_code(torch.compile(fn, backend="gcu", fullgraph=True), x, residual)
+    assert all(torch.equal(a, b) for a, b in zip(found, fn(x, residual), strict=True))
+    assert "gcu_direct.rms_norm_quant(" in code and "gcu_direct.silu_mul_quant(" in code
 
 
 def test_codes_go_to_the_product_as_they_are():
