@@ -203,12 +203,14 @@ void quantize_kept(const float* row, int64_t size, Kept found, int8_t* codes, fl
 template <int32_t DTYPE, int32_t W>
 void run(const Arguments& in) {
   constexpr int64_t STEP = LANES * GATES;
-  int64_t padded = (in.size + STEP - 1) / STEP * STEP;
-#pragma omp parallel num_threads(int(std::min(in.rows, int64_t(in.threads)))) if (in.rows > 1)
+  int64_t padded = (in.size + STEP - 1) / STEP * STEP, threads = std::min(in.rows, int64_t(in.threads));
+  // In small parts: a thread that slept when the call began has its share done by the others.
+  int64_t part = std::clamp(in.rows / std::max(threads * 8, int64_t(1)), int64_t(1), int64_t(4));
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
   {
     std::vector<float> row(padded);
     Weight weight = in.weight ? weight_of<DTYPE, W>(in, padded) : Weight{};
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, part)
     for (int64_t r = 0; r < in.rows; ++r) {
       Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.data()) : gated<DTYPE>(in, r, row.data());
       quantize_kept<DTYPE>(row.data(), in.size, found, in.codes + r * in.size, in.scales[r]);
