@@ -5,9 +5,10 @@
 //   sum_k x (code - zero) scale = scale * (sum_k x (code - mid) - (zero - mid) * sum_k x)
 // Groups that cut words, and act-order, are dequantised input by input into float32 instead. With AMX its tiles make
 // the products of bf16, but for one or two rows. For many rows it multiplies weights that are scaled and rounded to bf16
-// when they are unpacked: applying a scale to the sums of each group takes as long as their products. A row or two and
+// when they are unpacked: applying a scale to the sums of each group takes as long as their products. Few rows and
 // codes of 4 bits are multiplied as integers, where there is an instruction for it.
 #include "gemm/digit_product.h"
+#include "gemm/digit_tiles.h"
 #include "gemm/product.h"
 #include "gemm/scaled_product.h"
 #include "gemm/tile_product.h"
@@ -15,6 +16,7 @@
 namespace {
 
 constexpr int VECTOR_ROWS = 2;   // up to so many, a product on vectors ends before the weights are unpacked for AMX
+constexpr int DIGITS_TO = 128;   // up to so many, codes of 4 bits are multiplied as bytes
 constexpr int SCALED_FROM = 65;  // from so many, scaling the weights takes less than scaling the sums of their groups
 template <int BITS>
 std::unique_ptr<Job> product(const Arguments& in) {
@@ -22,6 +24,8 @@ std::unique_ptr<Job> product(const Arguments& in) {
   if (BITS == 4 && DigitProduct::takes(in)) return std::make_unique<DigitProduct>(in);
 #endif
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
+  if (BITS == 4 && in.m > VECTOR_ROWS && in.m <= DIGITS_TO && DigitTiles::takes(in))
+    return std::make_unique<DigitTiles>(in);
   if (in.m >= SCALED_FROM && in.x_dtype == BF16) return std::make_unique<ScaledProduct<BITS>>(in);
   if (in.m > VECTOR_ROWS && TileProduct<BITS>::takes(in)) return std::make_unique<TileProduct<BITS>>(in);
 #endif
