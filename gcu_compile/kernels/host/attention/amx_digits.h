@@ -74,7 +74,7 @@ struct Digits {
       for (; key < from.n; key += 16, now ^= 1) {  // vectors work on the tile before
         const char* at = from.keys[key].at;
         int64_t stride = from.stride;
-        if (row == 0) coming.fetch(16);
+        if (row == 0) coming.fetch<16>();
         if (!from.even || key + 15 >= from.n || from.keys[key + 15].at - at != 15 * stride) {
           for (int k = key; k < std::min(key + 16, from.n); ++k)
             for (int64_t c = 0; c < chunks_ * CHUNK; c += CHUNK)
@@ -237,9 +237,10 @@ struct Digits {
   // Up to 128 columns from d on of 32 keys, as tiles of 32 columns: those of key s and of key s + 16 side by side. Behind the
   // last key are numbers of any key, for weights are 0 there.
   static void pack(const Row* values, int n, int key, int64_t d, int64_t left, char* to, Coming& coming) {
+    const bool whole = key + 32 <= n;
     for (int k = key; k < key + 16; ++k, to += 64) {
-      coming.fetch(2);
-      const char *first = values[std::min(k, n - 1)].at + d, *second = values[std::min(k + 16, n - 1)].at + d;
+      coming.fetch<2>();
+      const char *first = values[whole ? k : std::min(k, n - 1)].at + d, *second = values[whole ? k + 16 : std::min(k + 16, n - 1)].at + d;
       auto put = [&](int64_t at) __attribute__((always_inline)) {
         __m512i a = bytes(first + at, left - at), b = bytes(second + at, left - at);
         _mm512_storeu_si512(to + 32 * at, _mm512_unpacklo_epi8(a, b));

@@ -2,12 +2,11 @@
 //
 //   scores^T [16 keys, 16 rows] = K [16 keys, dim] Q^T, transposed by exchanges: keys are the left operand as they lie
 //   sums [8 rows, 2, size / 2] += P [8 rows, 2, 16 keys, 2] V: values are the right one. A step of a product takes two numbers
-//   of a column, here those of two columns of a key: P has each row twice, for the one and for the other, with zeros between. For more rows
-//   V is packed in groups of 32 keys and 64 columns, which stay in L1.
+//   of a column, here those of two columns of a key: P has each row twice, for the one and for the other, with zeros
+//   between. For more rows V is packed in groups of 32 keys and 64 columns, which stay in L1.
 //
 // Sixteen keys or values that do not lie at even distances, and those of a size that is no multiple of 32, are copied first.
-// Meanwhile rows of the next block are prefetched (`Coming`), as many at a time as spread them over this one. An int8 cache is
-// amx_digits.h's.
+// Meanwhile rows that come are prefetched (`Coming`). An int8 cache is amx_digits.h's.
 #pragma once
 
 namespace {
@@ -99,7 +98,7 @@ inline void weighed_columns(const uint16_t* p, const Source& values, int64_t d, 
   for (int key = 0; key < values.n; key += 16, p += 512) {
     int64_t stride;
     const char* at = sixteen(values, key, ldo, copy, stride) + 2 * d;
-    coming.fetch(16);
+    coming.fetch<16>();
     amx::fence();
     _tile_loadd(4, p, 64);
     _tile_loadd(5, at, stride);
@@ -136,7 +135,7 @@ void AmxBF16::weigh(const uint16_t* p, int rows, const Source& values, uint16_t*
 #pragma GCC unroll 2
     for (int s = 0; s < 16; ++s, to += 32) {
       const char *a = values[2 * s].at + 2 * d, *b = values[2 * s + 1].at + 2 * d;
-      coming.fetch(2);
+      coming.fetch<2>();
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
         AmxBF16::put<false>(_mm512_loadu_si512(a + 64 * half), _mm512_loadu_si512(b + 64 * half), to + 1024 * half, 512);
@@ -218,7 +217,7 @@ void AmxBF16::scores(const uint16_t* turned, int rows, const Source& from, int64
     for (int i = 0; i < tiles; ++i) {
       int64_t stride;
       const char* at = sixteen(from, key + 16 * i, d, copy, stride);
-      coming.fetch(16);
+      coming.fetch<16>();
       key_tile(at, stride, turned, d, result[i][0]);
     }
     for (int i = 0; i < tiles; ++i) rows <= 4 ? turn_four(result[i], s + key + 16 * i) : turn(result[i], s + key + 16 * i);

@@ -72,9 +72,9 @@ struct Keys {
 };
 
 // Rows that are read soon, in the order in which a tile's keys, its values and the next tile's keys are: prefetched into the
-// first cache some 8 KB before their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not
-// see the order of blocks, it fetches the other line of a pair only sometimes, tiles that are loaded from the second cache
-// are waited for, and so are many rows at once.
+// first cache some 4 KB before their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not
+// see the order of blocks, and fetches the other line of a pair only sometimes; tiles that are loaded from the second cache
+// are waited for, and so are many rows at once; what comes earlier is gone again where another thread shares the cache.
 class Coming {
  public:
   Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes) {
@@ -84,12 +84,23 @@ class Coming {
     parts_[2] = {next.k, next.k + std::min(ahead, next.n), k_bytes};
   }
 
-  // Up to `count` rows.
-  [[gnu::always_inline]] void fetch(int count) {
+  // Up to COUNT rows.
+  template <int COUNT>
+  [[gnu::always_inline]] void fetch() {
     Part& part = parts_[at_];
-    const Row* stop = part.row + count;
-    if (stop > part.end) [[unlikely]] return across(count);
-    for (; part.row != stop; ++part.row) prefetch(part.row->at, part.bytes);
+    if (part.end - part.row < COUNT) [[unlikely]] return across(COUNT);
+    const char* at = part.row->at;
+    if (part.row[COUNT - 1].at - at == (COUNT - 1) * part.bytes) {  // one behind the other
+      for (const char* end = at + COUNT * part.bytes; at < end; at += 256) {
+        __builtin_prefetch(at, 0, 3);
+        __builtin_prefetch(at + 64, 0, 3);
+        __builtin_prefetch(at + 128, 0, 3);
+        __builtin_prefetch(at + 192, 0, 3);
+      }
+    } else {
+      for (int i = 0; i < COUNT; ++i) prefetch(part.row[i].at, part.bytes);
+    }
+    part.row += COUNT;
   }
 
   // The first rows of all.
@@ -103,9 +114,9 @@ class Coming {
     int64_t bytes;
   };
 
-  static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(8192 / bytes, 16, TILE_KEYS_DECODE)); }
+  static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(4096 / bytes, 8, TILE_KEYS_DECODE)); }
 
-  [[gnu::always_inline]] static void prefetch(const char* at, int64_t bytes) {
+  static void prefetch(const char* at, int64_t bytes) {
     __builtin_prefetch(at, 0, 3);
     __builtin_prefetch(at + bytes - 1, 0, 3);
     for (int64_t b = 64; b < bytes - 64; b += 64) __builtin_prefetch(at + b, 0, 3);
