@@ -43,6 +43,20 @@ def test_layer_is_its_numbers(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
+def test_its_library_is_built_from_when_it_is_made(name, monkeypatch):
+    from vllm_integration.quantization import layer as ours
+
+    asked = []
+    monkeypatch.setattr(ours, "load_ahead", lambda *libraries: asked.append(libraries))
+    ours._build_ahead.cache_clear()
+    with layers.shard():
+        for _ in range(2):
+            layers.make("row", layers.configuration(FORMS[name].config()), NAME, K, N)
+    ours._build_ahead.cache_clear()
+    assert asked == [("int8_gemm",) if FORMS[name].activations else ("dequant_gemm",)]
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_merged_projections(name):
     form, x, heads = FORMS[name], inputs(), (4, 2)
     prefix, parts = "model.layers.0.self_attn", dict(zip(layers.QKV, (128, 64, 64), strict=True))

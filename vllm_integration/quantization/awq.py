@@ -9,7 +9,7 @@ from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, Auto
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from gcu_compile.errors import CheckpointError
-from vllm_integration.quantization import experts, progress
+from vllm_integration.quantization import experts
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.layer import ACTIVATIONS
 
@@ -62,4 +62,4 @@ class AWQLinearMethod(AutoAWQMarlinLinearMethod):
             params_dtype=torch.float32,  # the checkpoint's float16 scales would be rounded by a model's bfloat16
             **extra,
         )
-        progress.expect()
+        layers.expect("dequant_gemm")

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_
 
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import eager, formats
-from vllm_integration.quantization import cache, experts, progress
+from vllm_integration.quantization import cache, experts
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.kv_scales import Int8KVCacheMethod
 from vllm_integration.quantization.layer import BITS
@@ -102,7 +102,7 @@ class MixedPrecisionKernel(MPLinearKernel):
             return False, f"groups of {size} do not divide {c.full_weight_shape[0]} inputs"
         if k % (32 // BITS[c.weight_type]):
             return False, f"{k} inputs do not fill words of 32 bits"
-        progress.expect()
+        layers.expect("dequant_gemm")
         return True, None
 
     def process_weights_after_loading(self, layer) -> None:
@@ -139,7 +139,7 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
 
     @classmethod
     def can_implement(cls, c) -> tuple[bool, str | None]:
-        progress.expect()
+        layers.expect("int8_gemm")
         return True, None
 
     def process_weights_after_loading(self, layer) -> None:

@@ -42,6 +42,7 @@ class Experts(FusedMoEMethodBase):
     """What the formats share. `process_weights_after_loading` leaves gcu_w13_* and gcu_w2_* on the layer."""
 
     prefix = ""
+    libraries = ("dequant_gemm", "weighted_sum")  # of the host's kernels
 
     def __init__(self, moe, prefix: str = "") -> None:
         FusedMoEMethodBase.__init__(self, moe)  # the formats' own __init__ choose kernels that a CPU has not
@@ -67,7 +68,7 @@ class Experts(FusedMoEMethodBase):
 
     def create_weights(self, layer, *args, params_dtype, **extra) -> None:
         super().create_weights(layer, *args, params_dtype=params_dtype, **extra)
-        progress.expect()
+        layers.expect(*self.libraries)
 
     def _put(self, layer, part: str, linears, drop: tuple[str, ...]) -> None:
         """Stack the prepared experts; `linears` makes one at a time, so that one copy exists beside the stack."""
@@ -269,6 +270,8 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
 
 class Int8Product:
     """Products of experts with int8 weights and activations, quantised per token."""
+
+    libraries = ("int8_gemm", "prologues", "weighted_sum")
 
     def _put(self, layer, part, linears, drop) -> None:
         super()._put(layer, part, (linear.of_integers() for linear in linears), drop)

@@ -24,7 +24,7 @@ from vllm.scalar_type import scalar_types
 
 from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import formats
-from vllm_integration.quantization import experts, progress
+from vllm_integration.quantization import experts
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.layer import ACTIVATIONS, HOST
 
@@ -129,7 +129,7 @@ class GPTQLinearMethod(LinearMethodBase):
         else:
             layer.register_parameter("scales", GroupQuantScaleParameter(input_dim=0, output_dim=1, **scales))
             layer.register_parameter("qzeros", PackedvLLMParameter(input_dim=0, output_dim=1, **qzeros))
-        progress.expect()
+        layers.expect("dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:
         scales = layer.scales.data

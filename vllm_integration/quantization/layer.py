@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 import gcu_compile.kernels.dequant_gemm  # noqa: F401  (defines the operations)
 from gcu_compile.errors import CheckpointError, GcuCompileError
 from gcu_compile.kernels.dequant_gemm import eager, formats
+from gcu_compile.kernels.host.build import load_ahead
 from vllm_integration.quantization import progress
 
 ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,6 +22,19 @@ ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 HOST, CARD = {4: "host_int4", 8: "host_int8"}, {4: "gptq_int4", 8: "int8_columns"}
 BITS = {scalar_types.uint4: 4, scalar_types.uint4b8: 4, scalar_types.uint8: 8, scalar_types.uint8b128: 8}
 TENSORS = ("weight", "scales", "zeros", "g_idx", "order")
+
+
+def expect(*libraries: str) -> None:
+    """One more layer was made; its weights will be prepared, and kernels of these `libraries` of the host run.
+
+    Those are built while weights are read and Python traces, not when the first request waits.
+    """
+    progress.expect()
+    if current_platform.device_type == "cpu":
+        _build_ahead(libraries)
+
+
+_build_ahead = functools.cache(lambda libraries: load_ahead(*libraries))
 
 
 def target(weight: torch.Tensor, bits: int) -> str:

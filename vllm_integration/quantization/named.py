@@ -106,7 +106,7 @@ class RoundedLinearMethod(UnquantizedLinearMethod):
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, *args, **extra):
         self.inputs = input_size
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, input_size, *args, **extra)
-        progress.expect()
+        layers.expect("int8_gemm" if self.form.activations else "dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:
         linear = rounded(self.form, self.prefix, layer.weight.data, self.inputs)
@@ -126,7 +126,7 @@ class RoundedExperts(experts.Experts):
 
     def create_weights(self, layer, *args, **extra) -> None:
         UnquantizedFusedMoEMethod.create_weights(self, layer, *args, **extra)
-        progress.expect()
+        layers.expect(*self.libraries)
 
     def process_weights_after_loading(self, layer) -> None:
         for part in experts.PARTS:
