@@ -1,18 +1,27 @@
-"""Decode speed of quantised models end to end: gcu-compile in each format, stock vLLM with the same checkpoint.
+"""Decode speed of quantised models end to end: each format in gcu-compile and in stock vLLM, all of them in turns.
 
-    python benchmarks/quantised_throughput.py MODEL --format w4a16 [--dummy] [--caches DIR] [--rounds N] [--json FILE]
+    python benchmarks/quantised_throughput.py MODEL [--formats bf16 w4a16 w8a8] [--random] [--sides ours stock]
+                                              [--tokens N] [--rounds N] [--caches DIR] [--json FILE]
 
-MODEL is a folder. `--format`: bf16 (the model as it is), or a format of `gcu-compile quantize`, which is applied
-first. `--dummy`: MODEL needs only a config.json; the weights are random. Both sides run in turns, each start with its
-own caches, kept in `--caches` so that a second run does not compile.
+MODEL is a folder. bf16 is the model as it is; another format is one of `gcu-compile quantize`, which is applied first.
+`--random`: MODEL needs only a config.json; a checkpoint of random weights is written first. Checkpoints and compiled
+graphs are kept in `--caches`, so that a second run finds them.
+
+Every engine is a process group of its own. All live at once, and while one generates the others are stopped; they take
+turns in every round, so that what the machine does beside it meets all alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,106 +31,191 @@ import sides
 PROMPT, BATCHES = 16, (1, 16)
 
 
-def child(model: str, dummy: bool, tokens: int, repeats: int) -> None:
-    """One start and its measurements, as JSON on the last line."""
+def child(model: str) -> None:
+    """An engine: says how long its start took, then for every line `ROWS TOKENS` how many tokens a second it made."""
     from vllm import LLM, SamplingParams
 
-    settings = {"load_format": "dummy", "skip_tokenizer_init": True} if dummy else {}
     start = time.perf_counter()
     llm = LLM(
         model,
         dtype="bfloat16",
         max_model_len=512,
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=1 << 28,
         enable_prefix_caching=False,
-        **settings,
+        skip_tokenizer_init=True,
     )
-    result = {"start_s": time.perf_counter() - start}
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for rows in BATCHES:
-        times = []
-        for repeat in range(repeats + 1):
-            prompts = [
-                {"prompt_token_ids": [(7 * row + 13 * i + repeat) % 20000 + 100 for i in range(PROMPT)]}
-                for row in range(rows)
-            ]
-            begin = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
-            times.append(time.perf_counter() - begin)
-        result[f"batch {rows}"] = rows * tokens / statistics.median(times[1:])  # the first one warms up
-    sides.tell(result)
+    sides.tell({"start_s": time.perf_counter() - start})
+    for turn, line in enumerate(sys.stdin):
+        rows, tokens = map(int, line.split())
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        prompts = [
+            {"prompt_token_ids": [(7 * row + 13 * i + turn) % 20000 + 100 for i in range(PROMPT)]}
+            for row in range(rows)
+        ]
+        begin = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        sides.tell({"tokens_per_s": rows * tokens / (time.perf_counter() - begin)})
 
 
-def measure(words: list[str], caches: Path, stock: bool) -> dict[str, float] | str:
-    """What a child says, or the last line of its error."""
-    result, output = sides.run(__file__, words, caches, stock)
-    if result is not None:
-        return result
-    errors = [line for line in output.splitlines() if "Error" in line]
-    return errors[-1].strip() if errors else output[-300:]
+class Engine:
+    """A child that runs only while it is asked for something.
+
+    Attributes:
+        failed: the last line of its error, or "".
+    """
+
+    def __init__(self, model: Path, caches: Path, stock: bool):
+        self.failed, self._log = "", caches / f"{model.name}.log"
+        caches.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(model), "--child"],
+            env=sides.environment(caches, stock),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+            start_new_session=True,
+        )
+        self.start_s = (self._answer() or {}).get("start_s")
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, which: int) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, which)
+
+    def _answer(self) -> dict | None:
+        for line in self._process.stdout:
+            if line.startswith(sides.RESULT):
+                return json.loads(line.removeprefix(sides.RESULT))
+        errors = [line for line in self._log.read_text().splitlines() if "Error" in line]
+        self.failed = errors[-1].strip() if errors else f"no answer; see {self._log}"
+        return None
+
+    def generate(self, rows: int, tokens: int) -> float | None:
+        """Tokens a second; None if it failed, now or before."""
+        if self.failed:
+            return None
+        self._signal(signal.SIGCONT)
+        self._process.stdin.write(f"{rows} {tokens}\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        return answer and answer["tokens_per_s"]
+
+    def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its engine may outlive it
 
 
-def prepare(model: Path, name: str, dummy: bool, folder: Path) -> Path:
+def random_checkpoint(config: Path, out: Path) -> Path:
+    """A checkpoint of random bfloat16 weights for the config.json of `config`."""
+    if not out.exists():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.bfloat16)
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            model.save_pretrained(folder)
+            shutil.copytree(folder, out)
+    return out
+
+
+def prepare(model: Path, name: str, folder: Path) -> Path:
     """The checkpoint to serve."""
     if name == "bf16":
         return model
     from gcu_compile import quantize as quantiser
 
     out = folder / f"{model.name}-{name}"
-    if out.exists():
-        return out
-    if not dummy:
+    if not out.exists():
         quantiser.quantize(model, out, name)
-        return out
-    out.mkdir(parents=True)
-    config = json.loads((model / "config.json").read_text())
-    form = quantiser.FORMATS[name]
-    size = form.group_size(config["hidden_size"], config["intermediate_size"])
-    config["quantization_config"] = quantiser.scheme(form, size, routers=False)
-    for file in model.glob("*.json"):
-        shutil.copy(file, out)
-    (out / "config.json").write_text(json.dumps(config))
     return out
 
 
+def take_turns(engines: dict[tuple[str, str], Engine], rounds: int, tokens: int) -> dict:
+    """Batch -> engine -> tokens a second in each round (None: it failed); a first, short turn of each warms up."""
+    found = {rows: {name: [] for name in engines} for rows in BATCHES}
+    names = list(engines)
+    for rows, of_batch in found.items():
+        for engine in engines.values():
+            engine.generate(rows, 8)
+        for number in range(rounds):
+            at = number % len(names)
+            for name in names[at:] + names[:at]:  # nobody is always first
+                of_batch[name].append(engines[name].generate(rows, tokens))
+    return found
+
+
+def cell(values: list[float | None]) -> str:
+    if None in values:
+        return "fails"
+    return f"{statistics.median(values):.1f} ({sorted(values)[-1 - len(values) // 10]:.1f})"
+
+
+def ratio(over: list[float | None], under: list[float | None] | None) -> str:
+    """Median of the rounds' ratios."""
+    if not under or None in over or None in under:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(over, under, strict=True)):.2f}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--format", default="bf16")
-    parser.add_argument("--dummy", action="store_true", help="random weights; the folder needs only a config.json")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "w4a16", "w8a8"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "stock"], choices=["ours", "stock"])
+    parser.add_argument("--random", action="store_true", help="random weights; the folder needs only a config.json")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1, help="starts of each side")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--caches", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(str(arguments.model), arguments.dummy, arguments.tokens, arguments.repeats)
+        return child(str(arguments.model))
     with tempfile.TemporaryDirectory() as folder:
         caches = arguments.caches or Path(folder)
-        served = prepare(arguments.model, arguments.format, arguments.dummy, caches)
-        words = [str(served), "--child", *(["--dummy"] if arguments.dummy else [])]
-        words += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
-        figures = {"ours": [], "stock": []}
-        for _ in range(arguments.rounds):
-            for side, found in figures.items():
-                found.append(measure(words, caches / side, stock=side == "stock"))
-    print(f"| {arguments.model.name}, {arguments.format}, tokens/s | ours | stock | ratio |\n|---|--:|--:|--:|")
-    for rows in BATCHES:
-        key, values = f"batch {rows}", []
-        for found in figures.values():
-            each = [one[key] for one in found if isinstance(one, dict)]
-            values.append(statistics.median(each) if each else None)
-        cells = ["fails" if value is None else f"{value:.1f}" for value in values]
-        ratio = "" if None in values else f"{values[0] / values[1]:.2f}"
-        print(f"| {key} | {cells[0]} | {cells[1]} | {ratio} |")
-    for side, found in figures.items():
-        for one in found:
-            if isinstance(one, str):
-                print(f"{side} failed: {one}")
+        caches.mkdir(parents=True, exist_ok=True)
+        model = arguments.model
+        if arguments.random:
+            model = random_checkpoint(model, caches / f"{model.name}-random")
+        engines = {}
+        try:
+            for form in arguments.formats:
+                served = prepare(model, form, caches)
+                for side in arguments.sides:
+                    engines[form, side] = Engine(served, caches / side, side == "stock")
+                    started = engines[form, side].start_s
+                    print(f"{form}, {side}: {'failed' if started is None else f'up in {started:.0f} s'}", flush=True)
+            found = take_turns(engines, arguments.rounds, arguments.tokens)
+        finally:
+            for engine in engines.values():
+                engine.close()
+    print(f"\n{arguments.model.name}, {arguments.rounds} rounds of {arguments.tokens} tokens")
+    print("median (90th percentile) of tokens/s; ratios are medians of the rounds'\n")
+    print("| batch | format | ours | stock | ours / stock | ours / ours bf16 | ours / stock bf16 |")
+    print("|--:|---|--:|--:|--:|--:|--:|")
+    for rows, of_batch in found.items():
+        for form in arguments.formats:
+            ours, stock = (of_batch.get((form, side), [None]) for side in ("ours", "stock"))
+            peers = ((form, "stock"), ("bf16", "ours"), ("bf16", "stock"))
+            ratios = [ratio(ours, of_batch.get(peer)) for peer in peers]
+            print(f"| {rows} | {form} | {cell(ours)} | {cell(stock)} | {' | '.join(ratios)} |")
+    for (form, side), engine in engines.items():
+        if engine.failed:
+            print(f"{form}, {side} failed: {engine.failed}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        kept = {
+            f"{form} {side} batch {rows}": values
+            for rows, of_batch in found.items()
+            for (form, side), values in of_batch.items()
+        }
+        arguments.json.write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

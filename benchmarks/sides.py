@@ -17,8 +17,8 @@ def tell(result: dict[str, Any]) -> None:
     print(RESULT + json.dumps(result))
 
 
-def run(script: str, words: list[str], caches: Path, stock: bool) -> tuple[dict[str, Any] | None, str]:
-    """What `script` tells when it runs with `words` and caches of its own; None if it failed; and its output."""
+def environment(caches: Path, stock: bool) -> dict[str, str]:
+    """Of a child whose caches are its own."""
     env = {
         **os.environ,
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
@@ -28,6 +28,12 @@ def run(script: str, words: list[str], caches: Path, stock: bool) -> tuple[dict[
     }
     if stock:
         env["VLLM_PLUGINS"] = ""
-    done = subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True)
+    return env
+
+
+def run(script: str, words: list[str], caches: Path, stock: bool) -> tuple[dict[str, Any] | None, str]:
+    """What `script` tells when it runs with `words` and caches of its own; None if it failed; and its output."""
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, env=environment(caches, stock), capture_output=True, text=True)
     told = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     return json.loads(told[-1].removeprefix(RESULT)) if told else None, done.stdout + done.stderr
