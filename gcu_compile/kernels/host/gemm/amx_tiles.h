@@ -78,19 +78,26 @@ template <int R, int V, bool STREAM, class Between>
 inline void multiply(const char* x, int64_t x_tile, int rows, const char* w, int steps, Between between) {
   auto weights = [&]<int T>(int v) { STREAM ? stream<T>(w + v * TILE_BYTES) : load<T>(w + v * TILE_BYTES); };
   for (int step = 0; step < steps; ++step, x += rows * LINE, w += COLUMNS * TILE_BYTES) {
-    load<4>(x);
     weights.template operator()<6>(0);
+    pause();
+    load<4>(x);
+    pause();
     dot<0, 4, 6>();
+    pause();
     if constexpr (R == 2) {
       load<5>(x + x_tile);
+      pause();
       dot<2, 5, 6>();
+      pause();
       weights.template operator()<7>(1);
+      pause();
       dot<1, 4, 7>();
+      pause();
       dot<3, 5, 7>();
     } else {
-      if constexpr (V > 1) weights.template operator()<7>(1), dot<1, 4, 7>();
-      if constexpr (V > 2) weights.template operator()<6>(2), dot<2, 4, 6>();
-      if constexpr (V > 3) weights.template operator()<7>(3), dot<3, 4, 7>();
+      if constexpr (V > 1) weights.template operator()<7>(1), pause(), dot<1, 4, 7>(), pause();
+      if constexpr (V > 2) weights.template operator()<6>(2), pause(), dot<2, 4, 6>(), pause();
+      if constexpr (V > 3) weights.template operator()<7>(3), pause(), dot<3, 4, 7>();
     }
     between(step);
   }

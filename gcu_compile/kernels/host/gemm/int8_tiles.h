@@ -136,18 +136,32 @@ class TileProduct : public Int8Product {
     for (int step = 0; step < steps; ++step, x += BYTES, w += WORDS * TILE) {
       if (last && step == steps - 1) w = last;
       _tile_stream_loadd(6, w, PITCH);
+      amx::pause();
       _tile_loadd(4, x, 64);
-      _tile_stream_loadd(7, w + 16, PITCH);
-      if constexpr (ROWS == 2) _tile_loadd(5, x + below, 64);
+      amx::pause();
       _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 4, 7);
+      amx::pause();
       if constexpr (ROWS == 2) {
+        _tile_loadd(5, x + below, 64);
+        amx::pause();
         _tile_dpbssd(2, 5, 6);
+        amx::pause();
+        _tile_stream_loadd(7, w + 16, PITCH);
+        amx::pause();
+        _tile_dpbssd(1, 4, 7);
+        amx::pause();
         _tile_dpbssd(3, 5, 7);
       } else {
+        _tile_stream_loadd(7, w + 16, PITCH);
+        amx::pause();
+        _tile_dpbssd(1, 4, 7);
+        amx::pause();
         _tile_stream_loadd(6, w + 32, PITCH);
+        amx::pause();
         _tile_dpbssd(2, 4, 6);
+        amx::pause();
         _tile_stream_loadd(7, w + 48, PITCH);
+        amx::pause();
         _tile_dpbssd(3, 4, 7);
       }
       between();
