@@ -9,8 +9,8 @@ import torch
 from gcu_compile import backend
 from gcu_compile import post_processing as pp
 from gcu_compile.kernels.host import sample as host
-from gcu_compile.kernels.sampling import eager, known
-from tests.test_post_processing_rules import INF, lowered
+from gcu_compile.kernels.sampling import eager
+from tests.test_post_processing_rules import INF, know_nothing, lowered
 
 VOCAB = 997
 
@@ -88,7 +88,7 @@ def kept(fn, args, monkeypatch, dynamic, more=()):
     plain torch. Returns the call's arguments and the report."""
     calls = []
     run = host.run
-    monkeypatch.setattr(known, "_find", lambda *args: None)  # every call is looked at
+    know_nothing(monkeypatch)
     monkeypatch.setattr(host, "run", lambda logits, **asked: calls.append((logits, asked)) or run(logits, **asked))
     _, report, compiled = lowered(lambda *some: torch.multinomial(fn(*some), 1), *args, dynamic=dynamic)
     assert report.fused["sample_chain"] == 1, [m.reason for m in report.matches if m.rule == "sample_chain"]
@@ -236,7 +236,7 @@ def test_a_race_with_exponential_noise_is_a_draw(monkeypatch, name, dynamic):
     """argmax(p / e) draws from p: 4000 rows alike give each token as often as its probability says."""
     rows, vocab, seen = 4000, 61, []
     run = host.run
-    monkeypatch.setattr(known, "_find", lambda *args: None)
+    know_nothing(monkeypatch)
     monkeypatch.setattr(host, "run", lambda logits, **asked: seen.append(asked) or run(logits, **asked))
     x = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 2
     ids, report, _ = lowered(RACES[name], x.expand(rows, vocab).contiguous(), dynamic=dynamic)

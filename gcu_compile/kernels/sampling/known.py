@@ -21,7 +21,11 @@ _OF_ANY_LENGTH = frozenset(name for ids, values, _ in LISTS for name in (ids, va
 MOST_FORMS, MOST_NAMES = 8, 64  # batch sizes, say, for each set of settings; and such sets
 _POINTER = torch.Tensor.data_ptr
 
-_known: dict[tuple[str, ...], list[Form]] = {}
+# By what comes before the settings, and by their names.
+_known: dict[tuple[str, ...], dict[tuple[str, ...], list[Form]]] = {
+    ("logits", "seeds"): {},
+    ("logits", "seeds", "positions"): {},
+}
 
 
 class Form:
@@ -30,8 +34,8 @@ class Form:
     Attributes:
         fits: of tensors in the order in which these came, whether they are like them.
         fields: the kernel's arguments, where what changes from call to call is missing.
-        places, pack: where that belongs: the number of threads, the result, positions (which may be the seeds), the
-            lists' lengths, the tensors.
+        places, pack: where that belongs: the number of threads, the result, the lists' lengths, the tensors, and
+            positions that are the seeds.
         lists: of each list that is there, which of the tensors are its ids and its values.
     """
 
@@ -41,7 +45,9 @@ class Form:
         self.fits = fits
         lists = [(ids, values, count) for ids, values, count in LISTS if ids in names]
         self.lists = tuple((names.index(ids), names.index(values)) for ids, values, _ in lists)
-        changing = ("threads", "ids", "positions", *(count for *_, count in lists), *names)
+        changing = ("threads", "ids", *(count for *_, count in lists), *names)
+        if "positions" not in names:
+            changing += ("positions",)
         places = [host.FIELDS.index(name) for name in changing]
         self.fields = host.PACK(*fields)
         self.places = struct.pack(f"{1 + len(places)}q", len(places), *places)
@@ -53,10 +59,15 @@ def direct(logits, seeds, positions, *values, **settings) -> torch.Tensor | None
     if values:
         given = {name: value for name, value in zip(SETTINGS, values, strict=False) if value is not None}
         settings = given | settings
-    tensors, names = (logits, seeds, *settings.values()), ("logits", "seeds", *settings)
-    if positions is not seeds:
-        tensors, names = (*tensors, positions), (*names, "positions")
-    form = _find(names, tensors)
+    if positions is seeds:  # the check of forms takes no tensor twice
+        first = ("logits", "seeds")
+        tensors = (logits, seeds, *settings.values())
+    else:
+        first = ("logits", "seeds", "positions")
+        tensors = (logits, seeds, positions, *settings.values())
+    known = _known[first]
+    forms = known.get(names := tuple(settings))
+    form = forms[0] if forms and forms[0].fits(*tensors) else _find(known, first, names, tensors)
     if form is None:
         return None
     lengths = []
@@ -66,24 +77,21 @@ def direct(logits, seeds, positions, *values, **settings) -> torch.Tensor | None
             return None
     library = build.load("sample")
     found = torch.empty_like(positions)
-    scalars = torch.get_num_threads(), found.data_ptr(), positions.data_ptr(), *lengths
-    if library.gcu_sample_known(form.fields, form.places, form.pack(*scalars, *map(_POINTER, tensors))):
+    pointers = map(_POINTER, tensors if positions is not seeds else (*tensors, positions))
+    changing = form.pack(torch.get_num_threads(), found.data_ptr(), *lengths, *pointers)
+    if library.gcu_sample_known(form.fields, form.places, changing):
         return None  # a list that leaves its rows or the vocabulary: whoever looks more closely says so
     return found
 
 
-def _find(names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Form | None:
-    forms = _known.get(names, ())
-    for form in forms:
-        if form.fits(*tensors):
-            if form is not forms[0]:
-                _known[names] = [form, *(other for other in forms if other is not form)]
-            return form
-    form = _look(names, tensors)
+def _find(known, first: tuple[str, ...], names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Form | None:
+    """The form of `tensors`, those called `first` and then `names`; it is the first to be asked next time."""
+    forms = known.get(names, ())
+    form = next((form for form in forms if form.fits(*tensors)), None) or _look((*first, *names), tensors)
     if form is not None:
-        if len(_known) >= MOST_NAMES:
-            _known.clear()
-        _known[names] = [form, *_known.get(names, ())][:MOST_FORMS]
+        if len(known) >= MOST_NAMES:
+            known.clear()
+        known[names] = [form, *(other for other in forms if other is not form)][:MOST_FORMS]
     return form
 
 
