@@ -92,7 +92,8 @@ struct Groups {
 
 class Guess {
  public:
-  static constexpr int BINS = 256;
+  static constexpr int BINS = 128;
+  static constexpr double SPREAD = 1.9;  // standard deviations: too narrow a guess costs a pass, a wide one its search
   static constexpr int FEW = 512;
 
   // By mass where `weights` are given, else by count. `max` is finite.
@@ -142,7 +143,7 @@ class Guess {
     if (from_below) goal = known + sampled - (whole - goal), scale = share = 1;
     for (; at < last && sum + mass(at, scale) < goal; ++at) sum += mass(at, scale), above += bins_[at][SQUARE];
     for (int i = at; i <= last; ++i) below += bins_[i][SQUARE];
-    double spread = 2.5 * scale * std::sqrt((1 - share) * (1 - share) * above + share * share * below);
+    double spread = SPREAD * scale * std::sqrt((1 - share) * (1 - share) * above + share * share * below);
     return around(goal, spread, scale, first, last, low, high, room);
   }
 

@@ -49,19 +49,20 @@ class Logits {
     return static_cast<const char*>(in_.logits) + at * (in_.dtype == F32 ? 4 : 2);
   }
 
-  // Block b as 16-bit numbers, -infinity where a token is touched, forbidden or not there: where it lies, if it is whole
-  // and nothing adjusts it, else in `room`. With its length, a multiple of GROUPS, and the touched tokens.
+  // Block b as 16-bit numbers, -infinity where a token is forbidden or not there and, with `holes`, where it is touched:
+  // where it lies, if that is as it should be, else in `room`. With its length, a multiple of GROUPS, and the touched
+  // tokens.
   struct Narrow {
     const void* at;
     int n;
     Touched::List touched;
   };
-  Narrow narrow(int64_t b, float* room) const {
+  Narrow narrow(int64_t b, float* room, bool holes) const {
     int64_t begin = b * BLOCK;
     int n = int(std::min<int64_t>(BLOCK, in_.vocab - begin)), padded = (n + GROUPS - 1) / GROUPS * GROUPS;
     const uint16_t* source = static_cast<const uint16_t*>(in_.logits) + row_ * in_.stride + begin;
     Touched::List touched = touched_.of(b);
-    if (!in_.forbidden && n == padded && touched.n == 0) return {source, n, touched};
+    if (!in_.forbidden && n == padded && !(holes && touched.n)) return {source, n, touched};
     uint16_t* z = reinterpret_cast<uint16_t*>(room);
     const uint16_t least = in_.dtype == BF16 ? 0xff80 : 0xfc00;
     if (in_.forbidden) {
@@ -71,7 +72,7 @@ class Logits {
     } else {
       std::memcpy(z, source, n * sizeof *z);
     }
-    for (int j = 0; j < touched.n; ++j) z[touched.ids[j] - begin] = least;
+    for (int j = 0; holes && j < touched.n; ++j) z[touched.ids[j] - begin] = least;
     std::fill(z + n, z + padded, least);
     return {z, padded, touched};
   }

@@ -50,7 +50,7 @@ class Passes {
     };
 #ifdef __AVX512F__
     if (!logits_.wide()) {
-      Logits::Narrow block = logits_.narrow(b, scratch.block);
+      Logits::Narrow block = logits_.narrow(b, scratch.block, true);
       return with_stream(block.at, logits_.dtype(), [&](auto stream) { take(stream, block.n, block.touched); });
     }
     if (const void* plain = logits_.plain(b)) return take(Stream<F32>{static_cast<const char*>(plain)}, BLOCK, {});
@@ -138,9 +138,9 @@ class Passes {
   int64_t hits(int64_t b, float low) const { return count_from(own_.groups.maxima.data() + b * GROUPS, GROUPS, low); }
 
 #ifdef __AVX512F__
-  // Sifts those of block b's 16-bit logits that stand near one from `low` on.
+  // Sifts those of block b's 16-bit logits that stand near one from `low` on. What a touched token was before may be one.
   void sift_hits(int64_t b, float low, float high, Scratch& scratch) {
-    Logits::Narrow block = logits_.narrow(b, scratch.block);
+    Logits::Narrow block = logits_.narrow(b, scratch.block, false);
     const Touched::List touched = block.touched;
     int64_t begin = b * BLOCK;
     int j = 0;  // touched ones before it are done with

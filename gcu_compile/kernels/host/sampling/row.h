@@ -163,26 +163,37 @@ class Row : public Passes {
             Reached reached) {
     int64_t count = above;
     double mass = mass_above;
-    float* z = own_.block;  // the values that may be the threshold, fewer each time; `count` and `mass` are those above
-    int n = select_values(own_.values, pad(own_.values, own_.n), float_of(low), NONE, z);
+    // The values that may be the threshold, fewer each time; `count` and `mass` are those above. They are weighed once.
+    float *z = own_.block, *w = nullptr;
+    int n = pad(own_.values, own_.n);
+    if (weights && weights->narrow) {
+      w = own_.narrow_weights() + sizeof own_.values / sizeof *w;
+      weights->each(own_.values, n, own_.narrow_weights());
+      select_values(own_.values, n, float_of(low), NONE, w, own_.narrow_weights());
+    }
+    n = select_values(own_.values, n, float_of(low), NONE, z);
+    auto keep = [&](float from, float to) {
+      if (w) select_values(z, n, from, to, w, w);
+      n = select_values(z, n, from, to, z);
+    };
     while (int64_t(high) - low > 1) {
       float from = float_of(middle(low, high));
       n = pad(z, n);
       Sides found = sides(z, n, from);  // no threshold lies between the values next to `from`
-      double weight = weights ? weights->sum(z, n, from) : 0;
+      double weight = w ? sum_from(z, w, n, from) : weights ? weights->sum(z, n, from) : 0;
       if (reached(count + found.count, mass + weight)) {
         low = key_of(found.least);
-        n = select_values(z, n, from, NONE, z);
+        keep(from, NONE);
       } else {
         high = std::max(low, key_of(found.most)) + 1, count += found.count, mass += weight;
-        n = select_values(z, n, float_of(low), from, z);
+        keep(float_of(low), from);
       }
     }
     float tie = float_of(low);
-    double w = weights ? (*weights)(tie) : 0;
+    double one = weights ? (*weights)(tie) : 0;
     Kept kept{low, -1};
     int ties = 0;
-    while (ties < n && (ties == 0 || !reached(count + ties, mass))) ++ties, mass += w;
+    while (ties < n && (ties == 0 || !reached(count + ties, mass))) ++ties, mass += one;
     if (ties > 0) kept.last = own_.ids[nth(own_.values, tie, float_of(low + 1), ties)];
     if (complete_) keep_candidates(kept);
     else if (total_ >= 0) add_candidates(kept);
@@ -209,6 +220,10 @@ class Row : public Passes {
 #pragma omp simd reduction(+ : ties)
       for (int i = begin; i < end; ++i) ties += (z[i] == tie) & (ids[i] <= last) ? 1 : 0;
       own_.above[b] += double(ties) * w;
+      if (weights_.narrow) {
+        own_.above[b] += sum_from(z + begin, own_.narrow_weights() + begin, end - begin, from);
+        begin = end;
+      }
       for (; begin < end; begin += std::min(PACKED, end - begin)) {
         int n = std::min(PACKED, end - begin);
         std::copy_n(z + begin, n, own_.packed);

@@ -26,6 +26,9 @@ struct Scratch {
   std::vector<double> from, above;
   std::vector<int64_t> inside, beyond;
 
+  // `weights` as twice as many float32 numbers.
+  float* narrow_weights() { return reinterpret_cast<float*>(weights); }
+
   void resize(int64_t blocks) {
     groups.resize(blocks);
     maxima.resize(blocks), from.resize(blocks), above.resize(blocks), inside.resize(blocks), beyond.resize(blocks);
@@ -97,22 +100,42 @@ inline Sides sides(const float* z, int n, float from) {
 #endif
 }
 
-// The values of [low, high) among n, a multiple of 32, in their order to `out`, which may be z; returns how many. high
-// may be NaN: all from `low` on.
-inline int select_values(const float* z, int n, float low, float high, float* out) {
+// The sum of those of n weights that stand beside values from `from` on.
+inline double sum_from(const float* z, const float* w, int n, float from) {
+#ifdef __AVX512F__
+  __m512d even = _mm512_setzero_pd(), odd = even;
+  for (int i = 0; i < n; i += 16) {
+    __mmask16 there = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(-1);
+    __mmask16 in = _mm512_mask_cmp_ps_mask(there, _mm512_loadu_ps(z + i), _mm512_set1_ps(from), _CMP_GE_OQ);
+    __m512 v = _mm512_maskz_loadu_ps(in, w + i);
+    even = _mm512_add_pd(even, low_half(v)), odd = _mm512_add_pd(odd, high_half(v));
+  }
+  return _mm512_reduce_add_pd(_mm512_add_pd(even, odd));
+#else
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += z[i] >= from ? double(w[i]) : 0.0;
+  return sum;
+#endif
+}
+
+// The values of [low, high) among n, a multiple of 32, in their order to `out`, which may be z; or, instead of each, the
+// `other` that stands beside it. Returns how many. high may be NaN: all from `low` on.
+inline int select_values(const float* z, int n, float low, float high, float* out, const float* other = nullptr) {
   int m = 0;
+  if (!other) other = z;
 #ifdef __AVX512F__
   for (int i = 0; i < n; i += 16) {
     __m512 v = _mm512_loadu_ps(z + i);
     __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ);
     in = _mm512_mask_cmp_ps_mask(in, v, _mm512_set1_ps(high), _CMP_NGE_UQ);
-    _mm512_storeu_ps(out + m, _mm512_maskz_compress_ps(in, v));
+    _mm512_storeu_ps(out + m, _mm512_maskz_compress_ps(in, _mm512_loadu_ps(other + i)));
     m += __builtin_popcount(in);
   }
 #else
   for (int i = 0; i < n; ++i) {
     float v = z[i];
-    out[m] = v, m += int(v >= low) & int(!(v >= high));
+    out[m] = other[i], m += int(v >= low) & int(!(v >= high));
   }
 #endif
   return m;

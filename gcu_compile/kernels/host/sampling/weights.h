@@ -35,6 +35,13 @@ alignas(64) constexpr uint32_t POWERS[32] = {
       0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
       0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 
+#ifdef __AVX512F__
+inline __m512d low_half(__m512 w) { return _mm512_cvtps_pd(_mm512_castps512_ps256(w)); }
+inline __m512d high_half(__m512 w) {
+  return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(w), 1)));
+}
+#endif
+
 struct Weights {
   static constexpr double ERROR = 2.1e-7;  // relative, of a float32 weight
   static constexpr double ROUNDED = 6.1e-8;  // relative, of a quick sum beside that of its weights
@@ -124,6 +131,20 @@ struct Weights {
     return takes_all(from) ? quick_sum32<true>(both, n, from) : quick_sum32<false>(both, n, from);
   }
 #endif
+
+  // n numbers, a multiple of 16, are weighed in float32.
+  void each(const float* z, int n, float* out) const {
+    const Weights w = *this;
+#ifdef __AVX512F__
+    for (int i = 0; i < n; i += 16) {
+      __m512 v = _mm512_loadu_ps(z + i);
+      _mm512_storeu_ps(out + i, _mm512_maskz_mov_ps(w.from16(v, cutoff), w.approximate16(v)));
+    }
+#else
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = w.approximate(z[i]);
+#endif
+  }
 
   // n numbers are weighed; `z` and `out` have room for the next multiple of 16.
   void each(const float* z, int n, double* out) const {
@@ -222,10 +243,6 @@ struct Weights {
       a0 = _mm512_add_pd(a0, low_half(v)), a1 = _mm512_add_pd(a1, high_half(v));
     }
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(a0, a2), _mm512_add_pd(a1, a3)));
-  }
-  static __m512d low_half(__m512 w) { return _mm512_cvtps_pd(_mm512_castps512_ps256(w)); }
-  static __m512d high_half(__m512 w) {
-    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(w), 1)));
   }
 #endif
 };
