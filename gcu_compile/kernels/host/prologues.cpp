@@ -4,6 +4,8 @@
 // A row is read, summed and kept as floats in the first caches, made into what is quantised there, and leaves as codes.
 #include <omp.h>
 
+#include <array>
+
 #include "exp.h"
 #include "pairs.h"
 #include "quantize.h"
@@ -124,27 +126,37 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
 
 constexpr int GATES = 4;  // vectors that are computed side by side
 
+#if defined(__AVX512F__)
+// Bits of 2^(j / 32), less what `n << 18` has of j where n % 32 is j: the sum of both is 2^(n / 32).
+alignas(64) constexpr std::array<int32_t, 32> POWERS = [] {
+  std::array<int32_t, 32> bits{};
+  for (int j = 0; j < 32; ++j) bits[j] = std::bit_cast<int32_t>(__builtin_exp2f(float(j) / 32)) - (j << 18);
+  return bits;
+}();
+#endif
+
 // y = gate * sigmoid(gate) * up, where y is up before. A row takes as long as the instructions of this.
 inline void silu_mul(const vf (&gate)[GATES], vf (&y)[GATES]) {
   auto each = [](auto step) {
     for (int v = 0; v < GATES; ++v) step(v);
   };
 #if defined(__AVX512F__)
-  // Step by step for all vectors: one chain of 16 dependent instructions after the other would fill the scheduler.
-  constexpr float MAGIC = 12582912.0f + 127.0f;  // as in exp_negative; the exponent's bias is in the low bits too
-  vf f[GATES], shifted[GATES], power[GATES];
+  // Step by step for all vectors: one chain of dependent instructions after the other would fill the scheduler.
+  constexpr float MAGIC = 12582912.0f;  // as in exp_negative
+  const __m512i low = _mm512_load_si512(POWERS.data()), high = _mm512_load_si512(POWERS.data() + 16);
+  vf f[GATES], n[GATES], power[GATES], rest[GATES];
   each([&](int v) { f[v] = (vf)_mm512_min_ps((__m512)gate[v], (__m512)splat(87.0f)); });  // NaN: 87
-  each([&](int v) { shifted[v] = fma(f[v], splat(-1.44269504f), splat(MAGIC)); });
-  each([&](int v) { power[v] = shifted[v] - MAGIC; });
-  each([&](int v) { f[v] = fma(power[v], splat(0.693147182f), f[v]); });  // log 2 is within 2e-9 of that float
-  each([&](int v) { shifted[v] = std::bit_cast<vf>(std::bit_cast<vi>(shifted[v]) << 23); });
-  // exp(-f) for |f| <= log(2) / 2, relative error below 1e-7
-  each([&](int v) { power[v] = fma(f[v], splat(-8.290314733e-3f), splat(4.189792952e-2f)); });
-  each([&](int v) { power[v] = fma(power[v], f[v], splat(-1.666763620e-1f)); });
-  each([&](int v) { power[v] = fma(power[v], f[v], splat(4.999914953e-1f)); });
-  each([&](int v) { power[v] = fma(power[v], f[v], splat(-9.999997072e-1f)); });
-  each([&](int v) { power[v] = fma(power[v], f[v], splat(1.0f)); });
-  each([&](int v) { power[v] = fma(power[v], shifted[v], splat(1.0f)); });
+  // exp(-f) = 2^(n / 32) * exp(-rest)
+  each([&](int v) { n[v] = fma(f[v], splat(-46.1662413f), splat(MAGIC)); });
+  each([&](int v) { rest[v] = fma(n[v] - MAGIC, splat(2.16608494e-2f), f[v]); });
+  each([&](int v) {
+    __m512i bits = (__m512i)n[v];
+    power[v] = (vf)_mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18));
+  });
+  // exp(-rest) for |rest| <= log(2) / 64, relative error below 6e-8
+  each([&](int v) { f[v] = fma(rest[v], splat(4.99999981e-1f), splat(-1.00001464f)); });
+  each([&](int v) { f[v] = fma(f[v], rest[v], splat(1.0f)); });
+  each([&](int v) { power[v] = fma(f[v], power[v], splat(1.0f)); });
   // A division takes as long as all that is before it. Below -87 the sigmoid is 0; -inf * 0 is NaN, as it should be.
   each([&](int v) { f[v] = (vf)_mm512_rcp14_ps((__m512)power[v]); });
   each([&](int v) { power[v] = fma(-power[v], f[v], splat(1.0f)); });

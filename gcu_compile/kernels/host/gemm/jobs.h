@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -24,26 +25,43 @@ struct Job {
 
 typedef std::vector<std::unique_ptr<Job>> Jobs;
 
-// A thread has neighbouring tasks, so that its stream of weights goes on from one to the next.
+// How many parts of its share of much work a thread takes one by one, so that another can help it: cores are not equally
+// fast for long, least of all those of a virtual machine.
+constexpr int64_t MOST_PARTS = 8, LEAST_COST = 2048;
+
+// A thread has neighbouring tasks, so that its stream of weights goes on from one to the next; and when it has done its
+// share, what others have not begun of theirs.
 inline void run(const Jobs& jobs, int threads) {
   auto cost = [](const Job& job) { return job.rows() + job.weights_cost(); };
   int64_t total = 0;
   for (auto& job : jobs) total += job->tasks() * cost(*job);
+  int64_t parts = std::clamp<int64_t>(total / threads / LEAST_COST, 1, MOST_PARTS);
+  struct alignas(64) Share {
+    std::atomic<int64_t> begun{0};
+  };
+  std::vector<Share> shares(threads);
 #pragma omp parallel num_threads(threads)
   {
-    int64_t thread = omp_get_thread_num(), count = omp_get_num_threads(), start = 0;
+    int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
     for (auto& job : jobs) {
       int64_t row = job->rows() * thread / count, end = job->rows() * (thread + 1) / count;
       if (row < end) job->lay_out(row, end);
     }
 #pragma omp barrier
-    for (auto& job : jobs) {
-      auto task = [&](int64_t share) {  // the first task that lies behind `share` of the work
-        int64_t each = cost(*job), before = total * share / count - start;
-        return std::clamp<int64_t>((before + each - 1) / each, 0, job->tasks());
-      };
-      if (int64_t first = task(thread), end = task(thread + 1); first < end) job->work(first, end);
-      start += job->tasks() * cost(*job);
+    auto work = [&](int64_t part) {  // of parts * count
+      int64_t start = 0;
+      for (auto& job : jobs) {
+        auto task = [&](int64_t part) {  // the first task that lies behind so many parts
+          int64_t each = cost(*job), before = total * part / (parts * count) - start;
+          return std::clamp<int64_t>((before + each - 1) / each, 0, job->tasks());
+        };
+        if (int64_t first = task(part), end = task(part + 1); first < end) job->work(first, end);
+        start += job->tasks() * cost(*job);
+      }
+    };
+    for (int64_t other = 0; other < count; ++other) {
+      int64_t owner = (thread + other) % count;
+      for (int64_t part; (part = shares[owner].begun++) < parts;) work(owner * parts + part);
     }
   }
 }
