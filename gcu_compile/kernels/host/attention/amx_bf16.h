@@ -140,12 +140,23 @@ struct AmxBF16 : BF16 {
     }
     for (int64_t s = 0; s < steps; s += 16, b += 512 * N) {
       _tile_loadd(6, b, 64 * N);
+      amx::pause();
       _tile_loadd(4, a + 2 * s, lda * 2);
+      amx::pause();
       _tile_dpbf16ps(0, 4, 6);
-      if (M == 2) _tile_loadd(5, a + 2 * s + 16 * lda, lda * 2);
-      if (M == 2) _tile_dpbf16ps(2, 5, 6);
-      if (N == 2) _tile_loadd(7, b + 32, 64 * N);
-      if (N == 2) _tile_dpbf16ps(1, 4, 7);
+      amx::pause();
+      if constexpr (M == 2) {
+        _tile_loadd(5, a + 2 * s + 16 * lda, lda * 2);
+        amx::pause();
+        _tile_dpbf16ps(2, 5, 6);
+        amx::pause();
+      }
+      if constexpr (N == 2) {
+        _tile_loadd(7, b + 32, 64 * N);
+        amx::pause();
+        _tile_dpbf16ps(1, 4, 7);
+        amx::pause();
+      }
       if (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
       between();
     }
