@@ -19,12 +19,11 @@ struct F32 {
   using A = float;
   static constexpr bool BY_TILES = false;
   static constexpr int DEPTH = 1, FEW = 0, STEPS = 1, STRIP = ::STRIP;
-  static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
+  static constexpr int TILE_ROWS = 4 * ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;  // many, for packing costs
   struct Thread {};
   struct Softmax {};
   struct Digits {};
 
-  static void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * 4); }
   static void copy(const Row& row, int dtype, int64_t n, float* to) {
     for (int64_t d = 0; d < n; d += LANES) store(to + d, numbers(row, dtype, d, n - d));
   }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "keys.h"
@@ -229,7 +230,7 @@ class Tile {
     scale_ = float(in_.scale);
     if (in_.k_scale_kind == 1) scale_ *= in_.k_scale[0];
     if (in_.k_scale_kind == 2) scale_ *= in_.k_scale[item_.kv_head];
-    plain_ = P::BY_TILES && scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
+    plain_ = scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
     factor_ = (plain_ ? scale_ : 1.0f) * 1.44269504f;
     if constexpr (P::BY_TILES) softmax_.clear(rows_);
     for (Keys& keys : keys_) keys.prepare(in_, item_);
@@ -241,18 +242,20 @@ class Tile {
     float* s = s_ + i * TILE_KEYS;
     A* p = p_ + i * TILE_KEYS;
     masked(row, s, key, from, to);
+    const float scale = plain_ ? scale_ : 1.0f;
     Vec top = splat(-INF);
     for (int64_t j = from; j < to; j += LANES) top = maximum(top, load(s + j));
-    float before = maximum_[row], now = std::max(before, largest(top)), base = now == -INF ? 0.0f : now;
+    float before = maximum_[row], now = std::max(before, largest(top) * scale), base = now == -INF ? 0.0f : now;
     Vec sum = {};
     for (int64_t j = from; j < to; j += LANES) {
-      Vec x = exp_negative(load(s + j) - base);
+      Vec x = exp_negative(load(s + j) * scale - base);
       sum += x;
       if (in_.v_scale_kind == 3) x *= load(now_->v_factor + j);
-      store(s + j, x);
+      if constexpr (std::is_same_v<A, float>) store(p + j, x);
+      else store(s + j, x);
     }
-    P::convert(s + from, p + from, to - from);
-    alpha_[row] = before == -INF ? 0.0f : std::exp(before - base);
+    if constexpr (!std::is_same_v<A, float>) P::convert(s + from, p + from, to - from);
+    alpha_[row] = before == now ? 1.0f : before == -INF ? 0.0f : std::exp(before - base);
     weight_[row] = weight_[row] * alpha_[row] + total(sum);
     maximum_[row] = now;
   }

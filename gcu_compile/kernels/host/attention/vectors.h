@@ -25,9 +25,6 @@ inline Vec splat(float x) { return x - Vec{}; }
 inline Vec as_float(Int x) { return std::bit_cast<Vec>(x); }
 inline Int as_int(Vec x) { return std::bit_cast<Int>(x); }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-inline float largest(Vec x) { float m = x[0]; for (int i = 1; i < LANES; ++i) m = std::max(m, x[i]); return m; }
-inline float total(Vec x) { float s = 0; for (int i = 0; i < LANES; ++i) s += x[i]; return s; }
-
 inline float to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 inline uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays one
   uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -65,6 +62,19 @@ template <int STEP, bool HIGH, int... J>
 inline Int exchange(Int x, Int y, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(x, y, (HIGH ? (J & STEP ? LANES + J : J + STEP) : (J & STEP ? LANES + J - STEP : J))...);
 }
+
+template <int STEP, int... J>
+inline Vec turned(Vec x, std::integer_sequence<int, J...>) { return __builtin_shufflevector(x, x, ((J + STEP) % LANES)...); }
+
+// All lanes into one, by halves: one after the other would be waited for.
+template <int STEP = LANES / 2, class F>
+inline float folded(Vec x, F f) {
+  x = f(x, turned<STEP>(x, std::make_integer_sequence<int, LANES>()));
+  if constexpr (STEP > 1) return folded<STEP / 2>(x, f);
+  return x[0];
+}
+inline float largest(Vec x) { return folded(x, maximum); }
+inline float total(Vec x) { return folded(x, [](Vec a, Vec b) { return a + b; }); }
 
 // LANES x LANES transpose of 32-bit units: one stage for each bit swaps it between row and lane.
 template <int STEP = 1>
