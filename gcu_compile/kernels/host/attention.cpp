@@ -43,7 +43,7 @@ void merge(const Arguments& in, const std::vector<Item>& parts, const Partials& 
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (const Item& part : parts) {
       int64_t at = part.partial + row;
-      if (partials.maxima[at] == -INF) continue;
+      if (partials.maxima[at] == -INF && partials.weights[at] == 0) continue;  // saw no key; a NaN has no maximum either
       float factor = std::exp(partials.maxima[at] - maximum);
       weight += partials.weights[at] * factor;
       for (int64_t d = 0; d < dv; ++d) sums[d] += partials.sums[at * dv + d] * factor;

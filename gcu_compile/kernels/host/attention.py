@@ -115,8 +115,8 @@ def _scale(fields: dict, name: str, scale, zero_point, held: list) -> None:
         return
     kind = 3 if scale.dim() == 3 else 1 if scale.numel() == 1 else 2
     scale = scale.float()
-    if zero_point is not None and kind == 3 and zero_point.stride() != scale.stride():
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    if kind == 2 or (zero_point is not None and zero_point.stride() != scale.stride()):
+        scale, zero_point = scale.contiguous(), None if zero_point is None else zero_point.contiguous()
     held += [scale, zero_point]
     fields |= {f"{name}_scale": scale.data_ptr(), f"{name}_zero": pointer(zero_point), f"{name}_scale_kind": kind}
     if kind == 3:

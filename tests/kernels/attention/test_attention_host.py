@@ -164,6 +164,41 @@ def test_a_nan_is_not_hidden(queries, dtype):
     assert got[0, 1, 2].isnan().all() and got.isnan().sum() == 32
 
 
+@pytest.mark.parametrize("cache", ["float", "token_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_is_not_hidden_where_keys_are_cut_into_parts(isa, dtype, cache, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    arguments = case([4000], [1], heads=4, kv_heads=2, head_dim=64, dtype=dtype, cache=cache).arguments
+    arguments["q"][0, 1, 3] = torch.nan
+    got = torch.ops.gcu.paged_attention(**arguments)
+    assert got[0, 1].isnan().all() and got.isnan().sum() == 64
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("heads", [1, 7, 9])  # of one KV head: few rows of several kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_value_that_is_not_finite_stays_in_its_column(isa, dtype, heads, value, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    batch = case([300, 10], [1, 1], heads=heads, kv_heads=1, head_dim=64, v_dim=72, dtype=dtype)
+    arguments = batch.arguments
+    blocks = arguments["block_table"][:, 0]
+    arguments["v_cache"][blocks[0], 0, 3, 10] = arguments["v_cache"][blocks[1], 0, 9, 71] = value
+    got, expected = torch.ops.gcu.paged_attention(**arguments), paged.eager(**double(arguments))
+    torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 300), equal_nan=True)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_scales_of_heads_that_are_not_adjacent(queries):
+    batch = case([100], [queries], dtype=torch.bfloat16, cache="head", zero=True)
+    expected = torch.ops.gcu.paged_attention(**batch.arguments)
+    names = [f"{of}_{name}" for of in "kv" for name in ("scale", "zero_point")]
+    apart = {name: torch.stack([batch.arguments[name], batch.arguments[name] + 9], 1)[:, 0] for name in names}
+    assert torch.equal(torch.ops.gcu.paged_attention(**batch.arguments | apart), expected)
+
+
 def test_huge_values_are_not_hidden():
     k, v = (torch.randn(1, 2, 5, 32) for _ in range(2))
     big = torch.ops.gcu.attention(k * 1e4, k, v, scale=1.0)
@@ -172,18 +207,20 @@ def test_huge_values_are_not_hidden():
 
 @pytest.mark.parametrize("size", [1e9, 1e18, 1e30])
 @pytest.mark.parametrize("queries", [1, 4, 96])
+@pytest.mark.parametrize("scale", [0.125, 0.1])  # products with the first are exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, queries, size, monkeypatch):
+def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, dtype, scale, queries, size, monkeypatch):
     """Beside the largest score the others are nothing, whichever way they go along the keys."""
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
-    v = torch.randn(1, 2, 96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    q = torch.full((1, 2, queries, 64), size).bfloat16()
+    v = torch.randn(1, 2, 96, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = torch.full((1, 2, queries, 64), size).to(dtype)
     for order in (1, -1):
-        k = (torch.arange(96) * order / 128).bfloat16()[None, None, :, None].expand(1, 2, 96, 64).contiguous()
-        asked = {"scale": 0.125, "causal": True, "causal_offset": 96 - queries}
+        k = (torch.arange(96) * order / 128).to(dtype)[None, None, :, None].expand(1, 2, 96, 64).contiguous()
+        asked = {"scale": scale, "causal": True, "causal_offset": 96 - queries}
         expected = dense.eager(q.double(), k.double(), v.double(), **asked)
         got = torch.ops.gcu.attention(q, k, v, **asked)
-        torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, 96))
+        torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 96))
 
 
 @pytest.mark.parametrize("queries", [1, 4, 150, 700])

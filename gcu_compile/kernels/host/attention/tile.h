@@ -45,28 +45,9 @@ class Tile {
     start_ = paged_ ? in_.query_start_loc[item.sequence] : 0;
     int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
     offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
-    ldo_ = digits() ? rounded(in_.v_dim, 64) : doubled() ? rounded(in_.v_dim, 32) : dv_;
-    load_queries();
-    prepare();
-    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
-    if (digits()) std::fill_n(o_, rows_ * ldo_, 0.0f), started_[0] = true;
-    int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
-    next_->locate(in_, item, size_, item.first_key, step);
-    for (int64_t key = item.first_key; key < item.last_key; key += step) {
-      std::swap(now_, next_);
-      next_->locate(in_, item, size_, key + step, step);
-      if (P::FEW && rows_ <= P::FEW) few(key);
-      else many(key);
-    }
-    for (int row = 0; row < rows_; row += P::BLOCK)
-      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
-    if constexpr (P::BY_TILES)
-      for (int row = 0; row < rows_; ++row) {
-        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
-        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
-        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
-      }
+    packed_ = false;
+    sum();
+    if (doubled() && !finite()) packed_ = true, sum();
     if (item.partial >= 0) keep();
     else finish_all();
   }
@@ -100,6 +81,32 @@ class Tile {
   }
 
  private:
+  // Sums of the item's rows, their maxima and sums of weights.
+  void sum() {
+    ldo_ = digits() ? rounded(in_.v_dim, 64) : doubled() ? rounded(in_.v_dim, 32) : dv_;
+    load_queries();
+    prepare();
+    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
+    if (digits()) std::fill_n(o_, rows_ * ldo_, 0.0f), started_[0] = true;
+    int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
+    next_->locate(in_, item_, size_, item_.first_key, step);
+    for (int64_t key = item_.first_key; key < item_.last_key; key += step) {
+      std::swap(now_, next_);
+      next_->locate(in_, item_, size_, key + step, step);
+      if (P::FEW && rows_ <= P::FEW) few(key);
+      else many(key);
+    }
+    for (int row = 0; row < rows_; row += P::BLOCK)
+      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
+    if constexpr (P::BY_TILES)
+      for (int row = 0; row < rows_; ++row) {
+        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
+        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
+        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
+        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
+      }
+  }
+
   // A tile of keys, packed; the queries block by block, each against the keys that one of it sees.
   void many(int64_t key) {
     const Keys& at = *now_;
@@ -202,8 +209,15 @@ class Tile {
   bool digits() const { return P::BY_TILES && in_.cache_dtype == I8T && rows_ <= P::FEW; }
 
   bool doubled() const {
-    if constexpr (P::BY_TILES) return in_.cache_dtype == BF16T && rows_ <= P::DOUBLED;
+    if constexpr (P::BY_TILES) return in_.cache_dtype == BF16T && rows_ <= P::DOUBLED && !packed_;
     return false;
+  }
+
+  // Whether all sums are. Where weights stand beside zeros, an infinity or NaN of one column makes a NaN of its neighbour.
+  bool finite() const {
+    Vec none = {};
+    for (int64_t i = 0; i < rows_ * ldo_; i += LANES) none += load(o_ + i) * 0.0f;
+    return total(none) == 0;
   }
 
   A* turned() { return q_ + P::FEW * d_; }
@@ -242,10 +256,14 @@ class Tile {
     float* s = s_ + i * TILE_KEYS;
     A* p = p_ + i * TILE_KEYS;
     masked(row, s, key, from, to);
-    const float scale = plain_ ? scale_ : 1.0f;
+    float scale = plain_ ? scale_ : 1.0f;
     Vec top = splat(-INF);
     for (int64_t j = from; j < to; j += LANES) top = maximum(top, load(s + j));
     float before = maximum_[row], now = std::max(before, largest(top) * scale), base = now == -INF ? 0.0f : now;
+    if (plain_ && std::fabs(base) > 0x1p22f) {  // `base` is rounded: products that are not would be far from it, and above it
+      for (int64_t j = from; j < to; j += LANES) store(s + j, load(s + j) * scale);
+      scale = 1.0f;
+    }
     Vec sum = {};
     for (int64_t j = from; j < to; j += LANES) {
       Vec x = exp_negative(load(s + j) * scale - base);
@@ -341,7 +359,7 @@ class Tile {
   int64_t d_, dv_, ldo_, start_, offset_, size_;  // ldo_: from row to row of sums; size_: bytes of one number of the cache
   int rows_;
   float scale_, factor_;  // of products; of scores, for powers of two
-  bool paged_, plain_;  // plain_: scores are products, times scale_
+  bool paged_, plain_, packed_;  // plain_: scores are products, times scale_; packed_: values are, though rows be few
   std::unique_ptr<char[]> memory_;
   A *q_, *k_, *v_, *p_;
   float *s_, *o_;
