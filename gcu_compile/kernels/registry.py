@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from gcu_compile.errors import KernelBuildError, UnknownNameError
+from gcu_compile.kernels.modes_private import watched
 
 log = logging.getLogger(__name__)
 LIBRARY = torch.library.Library("gcu", "FRAGMENT")
@@ -154,7 +155,7 @@ def directly(op: FusedOp, otherwise: Callable | None = None) -> Callable:
     direct, key = implementation.direct, (op.name, implementation.name)
 
     def call(*args, site: str = "", **kwargs):
-        if watcher is None:
+        if watcher is None and not watched():
             try:
                 result = direct(*args, **kwargs)
             except KernelBuildError:  # the environment changed since; the dispatch meets it too, and says so

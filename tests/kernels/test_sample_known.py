@@ -8,6 +8,8 @@ import torch
 from test_sample import available, lists, logits, numbers
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcu_compile.debug import shadow
@@ -167,6 +169,36 @@ def test_lists_of_any_length_and_lists_that_are_wrong(monkeypatch):
             direct.sample(x, *where, **asked | change)
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_list_whose_stride_only_its_length_makes_contiguous(length):
+    x, where = logits("normal", 1, 97, torch.float32, 1), numbers(1, 1)
+    every = torch.arange(97, dtype=torch.int32)[::2], torch.linspace(-9, 9, 97)[::2]
+    for tokens in (length, length, 40, 40):
+        ids, values = (one[:tokens] for one in every)
+        asked = {"bias_offsets": torch.tensor([0, tokens]), "bias_ids": ids, "bias_values": values}
+        assert torch.equal(direct.sample(x, *where, **asked), eager.sample(x, *where, **asked))
+
+
+@pytest.mark.parametrize("names", [("bias_ids",), ("bias_values",), ("history_counts", "history_ids")])
+def test_lists_that_nothing_cuts_are_not_read(names):
+    x, where = logits("normal", 2, 97, torch.float32, 1), numbers(2, 1)
+    asked = {name: torch.zeros(3, dtype=torch.float32 if name == "bias_values" else torch.int32) for name in names}
+    for _ in range(2):
+        assert torch.equal(direct.sample(x, *where, **asked), eager.sample(x, *where, **asked))
+
+
+def test_ids_that_do_not_ascend_are_refused():
+    x, where, asked = logits("normal", 2, 97, torch.float32, 1), numbers(2, 1), history(2, 97, 1)
+    asked |= {"history_offsets": torch.tensor([0, 2, 4]), "history_counts": torch.ones(4, dtype=torch.int32)}
+    for ids in ([3, 9, 1, 4], [3, 9, 1, 4]):
+        asked["history_ids"] = torch.tensor(ids, dtype=torch.int32)
+        assert torch.equal(direct.sample(x, *where, **asked), eager.sample(x, *where, **asked))
+    asked["history_ids"] = torch.tensor([3, 9, 4, 1], dtype=torch.int32)
+    for way in (*WAYS.values(), registry.get("sample").eager):
+        with pytest.raises(InvalidInputError, match="history_ids do not ascend within a row"):
+            way(x, *where, **asked)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_library_that_can_no_longer_be_built_is_a_fallback_that_is_counted(way, monkeypatch):
     x, asked, where = logits("normal", 2, 97, torch.float32, 1), settings("top-p", 2, 97), numbers(2, 1)
@@ -203,7 +235,7 @@ def test_the_instruction_set_that_is_asked_for(isa, monkeypatch):
     assert f"-{build.host_isa()}-" in loaded[-1]._name
 
 
-def test_fake_tensors_transforms_and_modes_go_through_the_dispatcher(monkeypatch):
+def test_fake_tensors_transforms_and_modes_go_through_the_dispatcher():
     x, asked, where = logits("normal", 2, 97, torch.float32, 1), settings("top-p", 2, 97), numbers(2, 1)
     expected = direct.sample(x, *where, **asked)
     with FakeTensorMode() as mode:
@@ -212,9 +244,16 @@ def test_fake_tensors_transforms_and_modes_go_through_the_dispatcher(monkeypatch
     for around in (FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(abs, abs)):
         with around:
             assert torch.equal(direct.sample(x, *where, **asked), expected)
-    with FlopCounterMode(display=False):
-        _, short = is_short(lambda: direct.sample(x, *where, **asked), monkeypatch)
-        assert not short
+    for kind, method in ((TorchFunctionMode, "__torch_function__"), (TorchDispatchMode, "__torch_dispatch__")):
+        seen = []
+
+        def see(self, function, types, args=(), kwargs=None, seen=seen):
+            seen.append(function)
+            return function(*args, **kwargs or {})
+
+        with type("Mode", (kind,), {method: see})():
+            result = direct.sample(x, *where, **asked)
+        assert seen == [torch.ops.gcu.sample.default] and torch.equal(result, expected)
     functional = torch.func.functionalize(lambda y: direct.sample(y, *where, **asked))
     assert torch.equal(functional(x), expected)
 

@@ -79,6 +79,7 @@ Weight weight_of(const Arguments& in, int64_t padded) {
   for (int64_t at = 0; at < in.size; at += PAIR) take_larger(most, from(at));
   int exponent = 0;
   if (float found = largest(most); std::isfinite(found)) std::frexp(found, &exponent);
+  exponent = std::max(exponent, -126);  // whose inverse is a float
   weight.factor = std::ldexp(1.0, exponent);
   float inverse = float(std::ldexp(1.0, -exponent));
   for (int64_t at = 0; at < in.size; at += PAIR) {

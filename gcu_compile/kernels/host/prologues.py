@@ -82,7 +82,8 @@ def silu_mul_quant(x, up=None) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _is_plain(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    return x.is_cpu and x.dtype is dtype and x.dim() == 2 and x.stride(1) == 1 and not x.is_neg()
+    plain = type(x) is torch.Tensor and x.is_cpu and not x.is_neg()
+    return plain and x.dtype is dtype and x.dim() == 2 and x.stride(1) == 1
 
 
 def direct_rms_norm_quant(x, residual, weight, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

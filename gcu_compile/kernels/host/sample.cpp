@@ -8,7 +8,8 @@
 
 namespace {
 
-enum Fault : int32_t { FINE = 0, BIAS_OFFSETS, BIAS_IDS, HISTORY_OFFSETS, HISTORY_IDS, TOKENS };
+// Of a list, in this order: its offsets, ids beyond the vocabulary, ids that do not ascend.
+enum Fault : int32_t { FINE = 0, BIAS, HISTORY = BIAS + 3, TOKENS = HISTORY + 3 };
 
 // Flat lists cut by offsets: whether they can be walked without leaving memory.
 int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t rows, int64_t vocab, int32_t fault) {
@@ -18,13 +19,18 @@ int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t
   if (!cut) return fault;
   bool inside = true;
   for (int64_t i = 0; i < count; ++i) inside &= ids[i] >= 0 && ids[i] < vocab;
-  return inside ? FINE : fault + 1;
+  if (!inside) return fault + 1;
+  bool ascending = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = offsets[r] + 1; i < offsets[r + 1]; ++i) ascending &= ids[i - 1] <= ids[i];
+  }
+  return ascending ? FINE : fault + 2;
 }
 
 int32_t check(const Arguments* in) {
-  int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, BIAS_OFFSETS);
+  int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, BIAS);
   if (fault) return fault;
-  return check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, HISTORY_OFFSETS);
+  return check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, HISTORY);
 }
 
 // `body(row, scratches, threads)` of every row: rows over the threads, or, for few of them, each row over all threads.

@@ -35,9 +35,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FAULTS = {
     1: "bias_offsets do not cut bias_ids into {rows} rows",
     2: "bias_ids leave the vocabulary of {vocab}",
-    3: "history_offsets do not cut history_ids into {rows} rows",
-    4: "history_ids leave the vocabulary of {vocab}",
-    5: "token_ids leave the vocabulary of {vocab}",
+    3: "bias_ids do not ascend within a row",
+    4: "history_offsets do not cut history_ids into {rows} rows",
+    5: "history_ids leave the vocabulary of {vocab}",
+    6: "history_ids do not ascend within a row",
+    7: "token_ids leave the vocabulary of {vocab}",
 }
 
 

@@ -61,3 +61,6 @@ def check_lists(rows: int, vocab: int, settings: dict[str, torch.Tensor | None])
             raise InvalidInputError(f"gcu::sample: {kind}_offsets do not cut {kind}_ids into {rows} rows")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise InvalidInputError(f"gcu::sample: {kind}_ids leave the vocabulary of {vocab}")
+        row = torch.repeat_interleave(offsets.diff())
+        if bool(((ids.diff() < 0) & (row.diff() == 0)).any()):
+            raise InvalidInputError(f"gcu::sample: {kind}_ids do not ascend within a row")

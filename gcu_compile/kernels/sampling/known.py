@@ -43,7 +43,7 @@ class Form:
 
     def __init__(self, fits, names: tuple[str, ...], fields: list[int]):
         self.fits = fits
-        lists = [(ids, values, count) for ids, values, count in LISTS if ids in names]
+        lists = [(ids, values, count) for ids, values, count in LISTS if ids in names and values in names]
         self.lists = tuple((names.index(ids), names.index(values)) for ids, values, _ in lists)
         changing = ("threads", "ids", *(count for *_, count in lists), *names)
         if "positions" not in names:
@@ -102,7 +102,8 @@ def _look(names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Form | N
     fits = same_form(tensors, tuple(name in _OF_ANY_LENGTH for name in names))
     logits, *rest = tensors
     asked = dict(zip(names[1:], rest, strict=True))
-    if fits is None or any(asked[name].dim() != 1 for name in asked if name in _OF_ANY_LENGTH):
+    # Of a stride that a list of one token may have a longer one is not contiguous.
+    if fits is None or any(asked[name].stride() != (1,) for name in asked if name in _OF_ANY_LENGTH):
         return None
     try:
         check("sample", logits, asked)

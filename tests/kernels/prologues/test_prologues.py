@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import gcu_compile.kernels.prologues  # noqa: F401  (defines the operations)
 from gcu_compile.errors import InvalidInputError
@@ -121,7 +122,7 @@ def test_norm_of_sizes_at_the_ends_of_float32(dtype, weight_dtype):
     """Where float64 would not overflow, float32's meaning says what comes out."""
     top = 6e4 if F16 in (dtype, weight_dtype) else 1e38
     sizes = ((1e-30, 1.0), (1e18, top), (1e18, 1e-30), (1e25, 1e-3), (1e25, top), (1.0, 1e-30), (3e38, 2.0))
-    for of_x, of_weight in sizes:
+    for of_x, of_weight in (*sizes, (1.0, 1e-39)):
         x, weight = (randn(3, 70, seed=seed).clamp(-1, 1) for seed in (1, 2))
         x, weight = (x * of_x).to(dtype), (weight[0] * of_weight).to(weight_dtype)
         for residual in (None, x.flip(0) / 2):
@@ -191,6 +192,27 @@ def test_a_view_that_negates_is_negated_on_the_short_way():
     for one, two in ((x, other), (x.resolve_neg(), other), (x, other.resolve_neg())):
         check_norm(direct.rms_norm_quant, (one, two, torch.ones(64), 1e-6))
         check_silu(direct.silu_mul_quant, one, two)
+
+
+def test_under_a_mode_or_a_transform_it_is_the_operation():
+    """The first would make results of the kernel elsewhere, without memory; those of the others have no memory."""
+    x, weight = randn(2, 64), torch.ones(64)
+    calls = {"silu": (direct.silu_mul_quant, x), "norm": (direct.rms_norm_quant, x, None, weight, 1e-6)}
+    for call, *arguments in calls.values():
+        expected = call(*arguments)
+        with torch.device("meta"):
+            assert all(torch.equal(a, b) for a, b in zip(call(*arguments), expected, strict=True))
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in arguments]
+            found = call(*fakes)
+        for one in (found, call(*fakes)):
+            assert all(isinstance(a, FakeTensor) and a.shape == b.shape for a, b in zip(one, expected, strict=True))
+    compiled = torch.compile(lambda x: torch.ops.gcu.silu_mul_quant(x * 2), backend="gcu", options={"cache": False})
+    expected = compiled(x)
+    with torch.device("meta"):
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), expected, strict=True))
+    batched = torch.vmap(lambda x: direct.silu_mul_quant(x)[0])(x.view(2, 1, 64))
+    assert torch.equal(batched, direct.silu_mul_quant(x)[0].view(2, 1, 32))
 
 
 def test_generated_code_goes_the_short_way():
