@@ -57,6 +57,25 @@ def test_outputs_that_the_large_activations_do_not_reach(spread, zeros, rows, le
     check(a)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_inputs_so_far_apart_that_the_squares_of_the_small_are_zero_beside_the_large(zeros):
+    a = dequant_arguments("host_int4", 20, 70, 512, 4, torch.bfloat16, zeros=zeros)
+    a = with_zero_weights(a, slice(5, None, 128))
+    a["x"][:, 5::128] = 2.0**100
+    check(a)
+
+
+@pytest.mark.parametrize("few", [1, 20])
+def test_what_is_lost_twice_in_some_parts_of_a_row(few):
+    """Large, middle and small inputs in a part, of which the weights of the large and the middle are zero."""
+    a = dequant_arguments("host_int4", 20, 70, 1024, 8, torch.bfloat16, zeros=True)
+    a = with_zero_weights(a, [300, 301])
+    a["x"][2:7, 256:384] = 0
+    a["x"][2:7, 302 : 302 + few] = 3
+    a["x"][2:7, 300], a["x"][2:7, 301] = 2.0**50, 2.0**25
+    check(a)
+
+
 @pytest.mark.parametrize("spread", [1, 8, 20, 60])
 def test_groups_and_rows_far_apart(spread):
     a = dequant_arguments("host_int4", 20, 70, 512, 4, torch.bfloat16, zeros=True)
@@ -79,7 +98,7 @@ def test_activations_of_heavy_tails(power):
     assert error < 1.05 * rounding
 
 
-@pytest.mark.parametrize("size", [2.0**-133, 2.0**-126, 2.0**-100, 2.0**-30, 2.0**30, 2.0**100])
+@pytest.mark.parametrize("size", [2.0**-133, 2.0**-126, 2.0**-100, 2.0**-30, 2.0**30, 2.0**100, 2.0**120, 2.0**124])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_activations_of_every_size(size, zeros):
     a = dequant_arguments("host_int4", 5, 70, 256, 2, torch.bfloat16, zeros=zeros)

@@ -4,7 +4,8 @@
 //   x = unit * (256 d1 + d0), digits of 8 bits, with a unit for each row and part of a group, 2^-14 of its largest or less
 //   w = (code - 8) * 16, which is what the upper half of a byte says
 // An x above 2^-7 of the largest loses nothing. What the others lose is taken as an x of its own where it could be seen
-// (`keep`). Rows with infinities or NaN, or of three sizes far apart, are multiplied as they are (`plain`).
+// (`keep`). What that loses in its turn, and rows with infinities, NaN or what is nearly as large, are multiplied input by
+// input (`Single`).
 //
 // A thread takes a tile of outputs through all inputs, a part after the other. Beside the products, which have a unit of
 // their own, the vectors unpack the part that comes next, and add the last sums to those of the parts before: a few
@@ -33,6 +34,7 @@ class DigitTiles : public Layer<4> {
   static constexpr int SLOTS = 8;                     // of a step: between its instructions of tiles
   static constexpr int AHEAD = 2048;                  // words that a stream is fetched before its use: two pages
   static constexpr int BITS = 15;                     // of an x, and its sign
+  static constexpr int LARGE = (115 + 127) << 23;     // 2^115, a float's bits: 128 such x times 16 are still a float
 
  public:
   static bool takes(const Arguments& in) {
@@ -44,15 +46,18 @@ class DigitTiles : public Layer<4> {
         steps_(in.groups > 1 && group_ % (MOST_STEPS * INPUTS) ? 1 : MOST_STEPS),
         parts_((in.k + inputs() - 1) / inputs()), height_(amx::tile_rows(in.m)),
         row_tiles_((in.m + height_ - 1) / height_), rows_(row_tiles_ * height_), x_(2 * parts_ * x_bytes()),
-        units_(2 * parts_ * rows_), sums_(in.zeros ? 2 * parts_ * rows_ : 0), again_(parts_ * rows_), plain_(rows_) {}
+        units_(2 * parts_ * rows_), sums_(in.zeros ? 2 * parts_ * rows_ : 0), again_(parts_ * rows_), plain_(rows_),
+        singles_(rows_) {}
 
   int64_t tasks() const override { return tiles(); }
   int64_t weights_cost() const override { return 40; }
 
   void lay_out(int64_t row, int64_t end) override {
     if (end == in_.m) end = rows_;
-    for (; row < end; ++row)
+    for (; row < end; ++row) {
       for (int64_t part = 0; part < parts_; ++part) lay_out_part(row, part);
+      if (plain_[row]) lay_out_plain(row);
+    }
   }
 
   void work(int64_t task, int64_t end) const override {
@@ -82,12 +87,25 @@ class DigitTiles : public Layer<4> {
     const bool again = keep(0, row, part, numbers);
     again_[part * rows_ + row] = again;
     if (again) {
-      if (keep(1, row, part, numbers)) plain_[row] = 1;
+      if (keep(1, row, part, numbers)) {
+        alignas(64) float left[MOST_STEPS * INPUTS];
+        for (int i = 0; i < steps_ * 4; ++i) ::store(left + i * 16, numbers[i]);
+        for (int i = 0; i < inputs(); ++i)
+          if (left[i] != 0) singles_[row].push_back({part * inputs() + i, left[i]});
+      }
     } else {  // its digits are any
       const int64_t at = (parts_ + part) * rows_ + row;
       units_[at] = 0;
       if (in_.zeros) sums_[at] = 0;
     }
+  }
+
+  // All of a row is singles, and its digits count for nothing.
+  void lay_out_plain(int64_t row) {
+    for (int64_t part = 0; part < 2 * parts_; ++part) units_[part * rows_ + row] = 0;
+    singles_[row].clear();
+    for (int64_t k = 0; k < in_.k; ++k)
+      singles_[row].push_back({k, from_bf16(static_cast<const uint16_t*>(in_.x)[row * in_.x_stride + k])});
   }
 
   // Digits of numbers, which then are what they lose. Whether that could be seen: where the large inputs meet weights of
@@ -99,7 +117,7 @@ class DigitTiles : public Layer<4> {
     for (int i = 0; i < steps_ * 4; ++i)  // as integers, of which NaN are the largest
       most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(numbers[i])));
     const int largest = int(_mm512_reduce_max_epu32(most));
-    if (largest >= 0x7f800000) plain_[row] = 1;
+    if (largest >= LARGE) plain_[row] = 1;
     const int exponent = largest ? std::max((largest >> 23) - 127 - (BITS - 1), -145) : 0;  // of the unit, a float
     // Bytes of the even inputs of a word, then of the odd ones, as masks find them.
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
@@ -129,7 +147,11 @@ class DigitTiles : public Layer<4> {
     const int64_t at = (lost * parts_ + part) * rows_ + row;
     units_[at] = std::ldexp(1.0f, exponent - 4);  // a weight is 16 times its number
     if (in_.zeros) sums_[at] = float(_mm512_reduce_add_epi32(sum));
-    if (!(_mm512_reduce_add_ps(of_lost) > _mm512_reduce_add_ps(of_small) * 0x1p-20f)) return false;
+    const float small = _mm512_reduce_add_ps(of_small);
+    bool seen = _mm512_reduce_add_ps(of_lost) > small * 0x1p-20f;
+    for (int i = 0; small == 0 && i < steps_ * 4; ++i)  // there are none, or their squares are too small for a float
+      seen |= _mm512_cmp_ps_mask(numbers[i], __m512{}, _CMP_NEQ_UQ) != 0;
+    if (!seen) return false;
     for (int i = 0; i < steps_ * 4; ++i) numbers[i] = _mm512_scalef_ps(numbers[i], _mm512_set1_ps(float(exponent)));
     return true;
   }
@@ -243,7 +265,7 @@ class DigitTiles : public Layer<4> {
       }
       pending.all<ZEROS>();
       for (int64_t row = 0; row < in_.m; ++row)
-        if (plain_[row]) plain(task, row, c.get() + row * TILE);
+        if (!singles_[row].empty()) add_singles(task, singles_[row], c.get() + row * TILE);
       finish(task, 0, int(in_.m), c.get());
     }
   }
@@ -308,20 +330,24 @@ class DigitTiles : public Layer<4> {
       asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(C), "n"(A), "n"(B));
   }
 
-  // A row as it is, input by input.
-  void plain(int64_t tile, int64_t row, float* c) const {
+  struct Single {
+    int64_t k;
+    float x;
+  };
+
+  void add_singles(int64_t tile, const std::vector<Single>& singles, float* c) const {
     alignas(64) float scale[TILE], zero[TILE];
-    std::fill_n(c, TILE, 0.0f);
-    for (int64_t k = 0; k < in_.k; ++k) {
-      if (k % group_ == 0) {
-        row_of(in_.scales, in_.scales_dtype, k / group_, tile, scale);
-        std::fill_n(zero, TILE, MIDPOINT<4>);
-        if (in_.zeros) row_of(in_.zeros, in_.zeros_dtype, k / group_, tile, zero);
+    std::fill_n(zero, TILE, MIDPOINT<4>);
+    int64_t last = -1;
+    for (const auto& [k, x] : singles) {
+      if (int64_t group = k / group_; group != last) {
+        row_of(in_.scales, in_.scales_dtype, group, tile, scale);
+        if (in_.zeros) row_of(in_.zeros, in_.zeros_dtype, group, tile, zero);
+        last = group;
       }
-      const float input = from_bf16(static_cast<const uint16_t*>(in_.x)[row * in_.x_stride + k]);
       const int32_t* codes = words(tile, k / PER_WORD<4>);
       for (int i = 0; i < TILE; ++i)
-        c[i] += input * ((float(codes[i] >> (k % PER_WORD<4> * 4) & 15) - zero[i]) * scale[i]);
+        c[i] += x * ((float(codes[i] >> (k % PER_WORD<4> * 4) & 15) - zero[i]) * scale[i]);
     }
   }
 
@@ -331,6 +357,7 @@ class DigitTiles : public Layer<4> {
   Room<char> x_;
   std::vector<float> units_, sums_;     // [2: x, what it lost][parts][rows]; sums of whole numbers, where zeros ask for them
   std::vector<uint8_t> again_, plain_;  // [parts][rows]: whether what it lost is wanted; [rows]
+  std::vector<std::vector<Single>> singles_;  // [rows]
 };
 
 }  // namespace
