@@ -176,6 +176,18 @@ def test_a_nan_is_not_hidden_where_keys_are_cut_into_parts(isa, dtype, cache, mo
     assert got[0, 1].isnan().all() and got.isnan().sum() == 64
 
 
+@pytest.mark.parametrize("queries", [1, 12, 80])  # few rows of both kinds, and tiles of them
+@pytest.mark.parametrize("cache", ["float", "token_head"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_infinity_of_a_query_is_not_hidden(isa, cache, queries, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    batch = case([300], [queries], heads=2, kv_heads=2, dtype=torch.bfloat16, cache=cache)
+    batch.arguments["q"][-1, 1, 3] = torch.inf
+    got, expected = torch.ops.gcu.paged_attention(**batch.arguments), paged.eager(**double(batch.arguments))
+    assert expected[-1, 1].isnan().all() and expected.isnan().sum() == 32
+    torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, 300), equal_nan=True)
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("heads", [1, 7, 9])  # of one KV head: few rows of several kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

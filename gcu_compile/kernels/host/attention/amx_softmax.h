@@ -95,7 +95,8 @@ class AmxSoftmax {
     float base = std::ceil(score * factor), limit = (base + LAZY) / factor;
     // Neighbours of a huge float are far apart. There the largest score's power is cut off at MOST, as are those that
     // float32 cannot tell from it, and every larger score raises the base.
-    if (!(std::fabs(base) < 0x1p22f)) base = std::nextafter(score * factor, -INF), limit = score;
+    // An infinite score has no weight: as in the formula, it makes the row NaN.
+    if (!(std::fabs(base) < 0x1p22f)) base = score == INF ? INF : std::nextafter(score * factor, -INF), limit = score;
     float by = limit_[row] == -INF ? 1.0f : std::exp2(base_[row] - base);
     base_[row] = base, limit_[row] = limit;
     multiply(sums_[row], 16, by);
