@@ -3,6 +3,7 @@
 import json
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_codes_and_scales_are_taken_as_they_are(form, model, stand_in, tmp_path)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert (tmp_path / "gptq" / "config.json").read_text() == (tmp_path / "nearest" / "config.json").read_text()
+
+
+def test_paths_may_be_relative(model, stand_in, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    words = ["quantize", "model", "--format", "w4a16", "--out", "out", "--method", "gptq"]
+    (tmp_path / "text").write_text("\n".join(TEXTS))
+    words += ["--calibration", "text", "--llmcompressor"]
+    result = CliRunner().invoke(app, [*words, stand_in.name])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(GcuCompileError, match="there is no .*/missing to run llmcompressor with"):
+        quantize(model, tmp_path / "other", "w4a16", calibration=TEXTS, method="gptq", llmcompressor=Path("missing"))
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -52,6 +52,7 @@ def solve(
         GcuCompileError: no environment, or a run that failed, with the last lines of what it said.
         CheckpointError: a layer that llmcompressor left as it was.
     """
+    model, aside = model.absolute(), aside.absolute()  # it runs in a folder of its own
     (group,) = scheme["config_groups"].values()
     job = {
         "model": str(model),
@@ -64,7 +65,10 @@ def solve(
     }
     file = aside / "job.json"
     file.write_text(json.dumps(job))
-    words = [str(python or environment()), "-u", str(WORKER), str(file)]
+    python = (python or environment()).absolute()
+    if not python.exists():
+        raise GcuCompileError(f"there is no {python} to run llmcompressor with")
+    words = [str(python), "-u", str(WORKER), str(file)]
     said = collections.deque(maxlen=TOLD)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=aside) as run:
         try:
