@@ -267,12 +267,39 @@ def test_float64_logits_fall_back_and_say_so():
             },
             "do not cut bias_ids",
         ),
+        (
+            {
+                "bias_offsets": torch.tensor([0, 2, 4]),
+                "bias_ids": torch.tensor([3, 5, 4, 2], dtype=torch.int32),
+                "bias_values": torch.ones(4),
+            },
+            "bias_ids do not ascend within a row",
+        ),
+        (
+            {
+                "history_offsets": torch.tensor([0, 0, 2]),
+                "history_ids": torch.tensor([7, 7], dtype=torch.int32),
+                "history_counts": torch.ones(2, dtype=torch.int32),
+                **dict.fromkeys(("repetition", "frequency", "presence"), torch.ones(2)),
+            },
+            "history_ids do not ascend within a row, each once",
+        ),
     ],
 )
 def test_bad_arguments_are_named(asked, message):
     x = logits("normal", 2, 97, torch.float32, 2)
     with pytest.raises(InvalidInputError, match=message):
         torch.ops.gcu.sample(x, *numbers(2, 1), temperature=torch.ones(2), **asked)
+    with pytest.raises(InvalidInputError, match=message):  # the same from the meaning in plain torch
+        torch.ops.gcu.sample(x.double(), *numbers(2, 1), temperature=torch.ones(2), **asked)
+
+
+def test_a_token_may_have_several_biases_and_rows_begin_anew():
+    x, lists = logits("normal", 3, 97, torch.float32, 2), {"bias_offsets": torch.tensor([0, 3, 3, 5])}
+    lists["bias_ids"] = torch.tensor([5, 5, 90, 0, 5], dtype=torch.int32)
+    lists["bias_values"] = torch.tensor([1.0, 2.0, -1.0, 0.5, 9.0])
+    asked = {"temperature": torch.ones(3), **lists}
+    assert torch.equal(torch.ops.gcu.sample(x, *numbers(3, 1), **asked), eager.sample(x, *numbers(3, 1), **asked))
 
 
 MEMORY = """

@@ -11,8 +11,9 @@ namespace {
 // Of a list, in this order: its offsets, ids beyond the vocabulary, ids that do not ascend.
 enum Fault : int32_t { FINE = 0, BIAS, HISTORY = BIAS + 3, TOKENS = HISTORY + 3 };
 
-// Flat lists cut by offsets: whether they can be walked without leaving memory.
-int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t rows, int64_t vocab, int32_t fault) {
+// Flat lists cut by offsets: whether they can be walked without leaving memory. `step`: by how much ids of a row rise at least.
+int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t rows, int64_t vocab, int32_t step,
+              int32_t fault) {
   if (!offsets) return FINE;
   bool cut = offsets[0] == 0 && offsets[rows] == count;
   for (int64_t r = 0; r < rows; ++r) cut &= offsets[r] <= offsets[r + 1];
@@ -22,15 +23,15 @@ int32_t check(const int64_t* offsets, const int32_t* ids, int64_t count, int64_t
   if (!inside) return fault + 1;
   bool ascending = true;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = offsets[r] + 1; i < offsets[r + 1]; ++i) ascending &= ids[i - 1] <= ids[i];
+    for (int64_t i = offsets[r] + 1; i < offsets[r + 1]; ++i) ascending &= ids[i] - ids[i - 1] >= step;
   }
   return ascending ? FINE : fault + 2;
 }
 
 int32_t check(const Arguments* in) {
-  int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, BIAS);
+  int32_t fault = check(in->bias_offsets, in->bias_ids, in->bias_count, in->rows, in->vocab, 0, BIAS);
   if (fault) return fault;
-  return check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, HISTORY);
+  return check(in->history_offsets, in->history_ids, in->history_count, in->rows, in->vocab, 1, HISTORY);
 }
 
 // `body(row, scratches, threads)` of every row: rows over the threads, or, for few of them, each row over all threads.

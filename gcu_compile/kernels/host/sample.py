@@ -38,7 +38,7 @@ FAULTS = {
     3: "bias_ids do not ascend within a row",
     4: "history_offsets do not cut history_ids into {rows} rows",
     5: "history_ids leave the vocabulary of {vocab}",
-    6: "history_ids do not ascend within a row",
+    6: "history_ids do not ascend within a row, each once",
     7: "token_ids leave the vocabulary of {vocab}",
 }
 

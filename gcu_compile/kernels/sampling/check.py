@@ -53,7 +53,7 @@ def check(operation: str, logits: torch.Tensor, asked: dict[str, torch.Tensor | 
 
 def check_lists(rows: int, vocab: int, settings: dict[str, torch.Tensor | None]) -> None:
     """Raise `InvalidInputError` for lists that leave their rows or the vocabulary; kernels check this themselves."""
-    for kind in ("bias", "history"):
+    for kind, step, order in (("bias", 0, "within a row"), ("history", 1, "within a row, each once")):
         offsets, ids = settings.get(f"{kind}_offsets"), settings.get(f"{kind}_ids")
         if offsets is None:
             continue
@@ -62,5 +62,5 @@ def check_lists(rows: int, vocab: int, settings: dict[str, torch.Tensor | None])
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise InvalidInputError(f"gcu::sample: {kind}_ids leave the vocabulary of {vocab}")
         row = torch.repeat_interleave(offsets.diff())
-        if bool(((ids.diff() < 0) & (row.diff() == 0)).any()):
-            raise InvalidInputError(f"gcu::sample: {kind}_ids do not ascend within a row")
+        if bool(((ids.diff() < step) & (row.diff() == 0)).any()):
+            raise InvalidInputError(f"gcu::sample: {kind}_ids do not ascend {order}")
