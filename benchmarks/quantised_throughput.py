@@ -76,6 +76,10 @@ class Engine:
             text=True,
             start_new_session=True,
         )
+        self.start_s: float | None = None
+
+    def start(self) -> None:
+        """Waits until it is up. Not before somebody holds it who closes it."""
         self.start_s = (self._answer() or {}).get("start_s")
         self._signal(signal.SIGSTOP)
 
@@ -151,15 +155,17 @@ def take_turns(engines: dict[tuple[str, str], Engine], rounds: int, tokens: int)
     return found
 
 
-def cell(values: list[float | None]) -> str:
+def cell(values: list[float | None] | None) -> str:
+    if not values:
+        return ""
     if None in values:
         return "fails"
     return f"{statistics.median(values):.1f} ({sorted(values)[-1 - len(values) // 10]:.1f})"
 
 
-def ratio(over: list[float | None], under: list[float | None] | None) -> str:
+def ratio(over: list[float | None] | None, under: list[float | None] | None) -> str:
     """Median of the rounds' ratios."""
-    if not under or None in over or None in under:
+    if not over or not under or None in over or None in under:
         return ""
     return f"{statistics.median(a / b for a, b in zip(over, under, strict=True)):.2f}"
 
@@ -189,8 +195,9 @@ def main() -> None:
             for form in arguments.formats:
                 served = prepare(model, form, caches)
                 for side in arguments.sides:
-                    engines[form, side] = Engine(served, caches / side, side == "stock")
-                    started = engines[form, side].start_s
+                    engine = engines[form, side] = Engine(served, caches / side, side == "stock")
+                    engine.start()
+                    started = engine.start_s
                     print(f"{form}, {side}: {'failed' if started is None else f'up in {started:.0f} s'}", flush=True)
             found = take_turns(engines, arguments.rounds, arguments.tokens)
         finally:
@@ -202,7 +209,7 @@ def main() -> None:
     print("|--:|---|--:|--:|--:|--:|--:|")
     for rows, of_batch in found.items():
         for form in arguments.formats:
-            ours, stock = (of_batch.get((form, side), [None]) for side in ("ours", "stock"))
+            ours, stock = (of_batch.get((form, side)) for side in ("ours", "stock"))
             peers = ((form, "stock"), ("bf16", "ours"), ("bf16", "stock"))
             ratios = [ratio(ours, of_batch.get(peer)) for peer in peers]
             print(f"| {rows} | {form} | {cell(ours)} | {cell(stock)} | {' | '.join(ratios)} |")
