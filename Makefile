@@ -6,9 +6,13 @@
 #   TORCH_INDEX  address of the PyTorch project's CPU wheel index, for machines whose own index
 #                offers only CUDA builds of torch
 #   PYTEST_ARGS  more words for pytest, e.g. --slow
+#   WORKERS      test processes side by side (default 2): each mostly keeps one core, tracing and compiling
 
 VENV ?= .venv
+WORKERS ?= 2
 PYTHON ?= python3.11
+# A file's tests stay together: they share engines and compiled graphs.
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist loadfile
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
@@ -23,7 +27,7 @@ demo: install
 	$(VENV)/bin/python examples/offline_inference.py
 
 test: install
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 # The versions that a card has today: all tests of gcu_compile, and vLLM 0.26 on the emulated card. Up to an hour on two
 # busy cores.
@@ -34,8 +38,8 @@ CARD_VLLM_TESTS = $(addprefix tests/vllm/, test_gcu.py test_gcu_config.py test_v
 	test_encoder_attention.py)
 
 test-card-stack: preflight $(CARD_VENV)/.installed
-	$(CARD_VENV)/bin/python -m pytest $(CARD_TESTS) $(PYTEST_ARGS)
-	$(CARD_VENV)/bin/python -m pytest $(CARD_VLLM_TESTS) $(PYTEST_ARGS)
+	$(CARD_VENV)/bin/python $(PYTEST) $(CARD_TESTS) $(PYTEST_ARGS)
+	$(CARD_VENV)/bin/python $(PYTEST) $(CARD_VLLM_TESTS) $(PYTEST_ARGS)
 
 $(CARD_VENV)/.installed: requirements/card.lock pyproject.toml
 	[ -x $(CARD_VENV)/bin/python ] || $(PYTHON) -m venv $(CARD_VENV)
