@@ -75,9 +75,15 @@ def _has_amx() -> bool:
 
 def isa_flags(isa: str) -> tuple[str, ...]:
     """What the compiler is told for `isa`: its level, and of the extensions beyond it those that this CPU has."""
-    has = {"-mavx512vnni": torch.cpu._is_vnni_supported, "-mavx512bf16": torch.cpu._is_avx512_bf16_supported}
-    extensions = (flag for flag, supported in has.items() if supported()) if isa in ("avx512", "amx") else ()
-    return (*ISA_FLAGS[isa], *extensions)
+    if isa not in ("avx512", "amx"):
+        return ISA_FLAGS[isa]
+    more = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 has no such list
+    has = {
+        "-mavx512vnni": torch.cpu._is_vnni_supported(),
+        "-mavx512bf16": torch.cpu._is_avx512_bf16_supported(),
+        "-mavx512vbmi2": more.get("avx512_vbmi2", False),
+    }
+    return (*ISA_FLAGS[isa], *(flag for flag, supported in has.items() if supported and flag not in ISA_FLAGS[isa]))
 
 
 def load(name: str) -> ctypes.CDLL:

@@ -128,7 +128,7 @@ class Passes {
 #endif
       int n = logits_.load(b, scratch.block);
       for (int at = 0; at < n; at += PACKED) {
-        take_packed(pack(scratch.block + at, std::min(PACKED, n - at), low, few, scratch.packed));
+        take_packed((few ? pack<true> : pack<false>)(scratch.block + at, std::min(PACKED, n - at), low, scratch.packed));
       }
     });
     return gather();

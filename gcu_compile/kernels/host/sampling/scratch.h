@@ -43,16 +43,17 @@ inline int64_t count_from(const float* z, int n, float from) {
   return sum;
 }
 
-// The values from `low` on, in their order, to `out`, which has room for 16 more than n; returns how many. `few`: that
-// is what to expect.
-inline int pack(const float* z, int n, float low, bool few, float* out) {
+// The values from `low` on, in their order, to `out`, which has room for 16 more than n; returns how many. FEW: that is
+// what to expect. (Were it no constant, the compiler would look at `in` first, whose branch is as good as random.)
+template <bool FEW>
+int pack(const float* z, int n, float low, float* out) {
   int m = 0;
 #ifdef __AVX512F__
   __m512 lows = _mm512_set1_ps(low);
   for (int i = 0; i < n; i += 16) {
     __m512 v = _mm512_loadu_ps(z + i);
     __mmask16 in = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ);
-    if (few && !in) continue;  // a branch pays where it is nearly always taken
+    if (FEW && !in) continue;  // a branch pays where it is nearly always taken
     _mm512_storeu_ps(out + m, _mm512_maskz_compress_ps(in, v));
     m += __builtin_popcount(in);
   }
@@ -186,20 +187,19 @@ inline int select_tokens(float* z, int32_t* ids, int n, float tie, int32_t last)
 }
 
 // Counts the tokens of [low, high) and those from `high` on in values that begin at id `begin`. Appends the former
-// while there is room (beyond that, to.n is more than ROOM). high may be NaN: none.
-inline void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside,
-                 int64_t& beyond) {
+// while there is room (beyond that, to.n is more than ROOM). OPEN: there is no upper end, and high is NaN.
+template <bool OPEN>
+void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside, int64_t& beyond) {
   int64_t from = 0, up = 0;
 #ifdef __AVX512F__
   __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
   __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int m = to.n;
-  bool few = !(high <= INF);  // else no branch: which of them lie inside is as good as random
   for (int i = 0; i < n; i += 16) {
     __m512 v = _mm512_loadu_ps(z + i);
     __mmask16 there = _mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ), above = _mm512_cmp_ps_mask(v, highs, _CMP_GE_OQ);
     __mmask16 in = there & ~above;
-    if (few && !in) continue;
+    if (OPEN && !in) continue;  // elsewhere no branch: which of them lie inside is as good as random
     __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(begin) + i));
     _mm512_storeu_ps(to.values + m, _mm512_maskz_compress_ps(in, v));
     _mm512_storeu_si512(to.ids + m, _mm512_maskz_compress_epi32(in, ids));
@@ -223,4 +223,8 @@ inline void sift(const float* z, int n, int64_t begin, float low, float high, Sc
   }
 #endif
   inside += from - up, beyond += up;
+}
+inline void sift(const float* z, int n, int64_t begin, float low, float high, Scratch& to, int64_t& inside,
+                 int64_t& beyond) {
+  (high <= INF ? sift<false> : sift<true>)(z, n, begin, low, high, to, inside, beyond);
 }
