@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "keys.h"
 #include "matmul.h"
 #include "rows.h"
 
@@ -141,8 +142,8 @@ struct BF16 {
     }
   }
 
-  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead);
-  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead);
+  static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Coming& coming);
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming);
 };
 #pragma GCC pop_options
 

@@ -3,16 +3,13 @@
 //   scores: 16 at a time, R rows of 16 / R keys, each a vector of partial sums; a transpose's exchanges add them up
 //   weigh: 16 vectors of R output rows; two keys side by side are one step of the dot products of pairs
 //
-// Rows are prefetched twice: those of the next tile into the caches at large, since pages are met in no order that the
-// CPU's own prefetcher would see, and those NEAR keys further again, for what was dropped or pushed out.
+// Rows that come are prefetched as many at a time as were read (`Coming`).
 //
 // Both are memory bound on a cache that is larger than the CPU's, provided that the 16 vectors stay in registers: hence
 // `always_inline` wherever an array of vectors is handed over, and tails as separate code.
 #pragma once
 
 namespace {
-
-constexpr int NEAR = 16;
 
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl")
@@ -52,12 +49,11 @@ template <int R, bool BYTES, bool WHOLE>
 }
 
 template <int R, bool BYTES>
-void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Ahead ahead) {
+void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Coming& coming) {
   constexpr int K = 16 / R;
   int64_t whole = dim / 32 * 32;
   for (int key = 0; key < n; key += K) {
-    Ahead{keys, n, dim * (BYTES ? 1 : 2)}.fetch(key + NEAR, key + NEAR + K);
-    ahead.fetch(key, key + K);
+    coming.fetch<K>();
     Row at[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) at[k] = keys[std::min(key + k, n - 1)];
@@ -72,9 +68,9 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
   }
 }
 
-// Columns d to d + 32 C of the output rows.
+// Columns d to d + 32 C of the output rows: the `pass`-th pass over the values of `passes`.
 template <int R, int C, bool BYTES, bool WHOLE>
-[[gnu::always_inline]] inline void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, const float* alpha, const Ahead* ahead) {
+[[gnu::always_inline]] inline void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, const float* alpha, Coming& coming, int pass, int passes) {
   const __m512i first = _mm512_load_si512(BF16::FIRST_WORDS), second = _mm512_load_si512(BF16::SECOND_WORDS);
   __m512 sum[R * 2 * C];
 #pragma GCC unroll 16
@@ -83,11 +79,9 @@ template <int R, int C, bool BYTES, bool WHOLE>
     bool old = alpha && r < rows && (WHOLE || d + 16 * c < ldo);
     sum[i] = old ? _mm512_mul_ps(_mm512_loadu_ps(o + r * ldo + d + 16 * c), _mm512_set1_ps(alpha[r])) : _mm512_setzero_ps();
   }
+  int turn = pass;
   for (int key = 0; key < n; key += 2) {
-    if (ahead) {
-      Ahead{values, n, dim * (BYTES ? 1 : 2)}.fetch(key + NEAR, key + NEAR + 2);
-      ahead->fetch(key, key + 2);
-    }
+    if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
     Row even = values[key], odd = values[std::min(key + 1, n - 1)];  // its weight is 0 past the end
     __m512bh columns[2 * C];
 #pragma GCC unroll 4
@@ -114,25 +108,26 @@ template <int R, int C, bool BYTES, bool WHOLE>
 }
 
 template <int R, bool BYTES>
-void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
   constexpr int C = R == 8 ? 1 : R == 4 ? 2 : 4;  // columns of 32: 16 vectors, 8 for one row
-  int64_t d = 0;
-  for (; d + 32 * C <= dim; d += 32 * C) add_weighed<R, C, BYTES, true>(p, rows, values, n, dim, d, o, ldo, alpha, d ? nullptr : &ahead);
-  for (; d < dim; d += 32) add_weighed<R, 1, BYTES, false>(p, rows, values, n, dim, d, o, ldo, alpha, d ? nullptr : &ahead);
+  const int64_t whole = dim / (32 * C), passes = whole + (dim - 32 * C * whole + 31) / 32;
+  int64_t d = 0, pass = 0;
+  for (; d + 32 * C <= dim; d += 32 * C) add_weighed<R, C, BYTES, true>(p, rows, values, n, dim, d, o, ldo, alpha, coming, pass++, passes);
+  for (; d < dim; d += 32) add_weighed<R, 1, BYTES, false>(p, rows, values, n, dim, d, o, ldo, alpha, coming, pass++, passes);
 }
 
-void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Ahead ahead) {
+void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Coming& coming) {
   auto run = [&]<bool BYTES>() {
     auto of = rows == 1 ? ::scores<1, BYTES> : rows == 2 ? ::scores<2, BYTES> : rows <= 4 ? ::scores<4, BYTES> : ::scores<8, BYTES>;
-    of(q, ldq, rows, keys, n, dim, s, ahead);
+    of(q, ldq, rows, keys, n, dim, s, coming);
   };
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
 }
 
-void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Ahead ahead) {
+void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
   auto run = [&]<bool BYTES>() {
     auto of = rows == 1 ? ::weigh<1, BYTES> : rows == 2 ? ::weigh<2, BYTES> : rows <= 4 ? ::weigh<4, BYTES> : ::weigh<8, BYTES>;
-    of(p, rows, values, n, dim, o, ldo, alpha, ahead);
+    of(p, rows, values, n, dim, o, ldo, alpha, coming);
   };
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
 }

@@ -71,10 +71,19 @@ struct Keys {
   }
 };
 
-// Rows that are read soon, in the order in which a tile's keys, its values and the next tile's keys are: prefetched into the
-// first cache some 4 KB before their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not
-// see the order of blocks, and fetches the other line of a pair only sometimes; tiles that are loaded from the second cache
-// are waited for, and so are many rows at once; what comes earlier is gone again where another thread shares the cache.
+// Rows that are read soon, in the order in which a tile's keys, its values and the next tile's keys are: prefetched before
+// their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not see the order of blocks, and
+// fetches the other line of a pair only sometimes.
+//
+// How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
+// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 16 KB
+// into the second: the first takes too few lines at a time, and memory's time and that of arithmetic would add up.
+#ifdef __AMX_TILE__
+constexpr int FIRST_CACHE = 3, PREFETCH = FIRST_CACHE, AHEAD = 4096;
+#else
+constexpr int SECOND_CACHE = 2, PREFETCH = SECOND_CACHE, AHEAD = 16384;
+#endif
+
 class Coming {
  public:
   Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes) {
@@ -91,21 +100,16 @@ class Coming {
     if (part.end - part.row < COUNT) [[unlikely]] return across(COUNT);
     const char* at = part.row->at;
     if (part.row[COUNT - 1].at - at == (COUNT - 1) * part.bytes) {  // one behind the other
-      for (const char* end = at + COUNT * part.bytes; at < end; at += 256) {
-        __builtin_prefetch(at, 0, 3);
-        __builtin_prefetch(at + 64, 0, 3);
-        __builtin_prefetch(at + 128, 0, 3);
-        __builtin_prefetch(at + 192, 0, 3);
-      }
+      for (const char* end = at + COUNT * part.bytes; at < end; at += 256) line(at), line(at + 64), line(at + 128), line(at + 192);
     } else {
-      for (int i = 0; i < COUNT; ++i) prefetch(part.row[i].at, part.bytes);
+      for (int i = 0; i < COUNT; ++i) row(part.row[i].at, part.bytes);
     }
     part.row += COUNT;
   }
 
   // The first rows of all.
   static void begin(const Keys& keys, int64_t bytes) {
-    for (int i = 0; i < std::min(rows_ahead(bytes), keys.n); ++i) prefetch(keys.k[i].at, bytes);
+    for (int i = 0; i < std::min(rows_ahead(bytes), keys.n); ++i) row(keys.k[i].at, bytes);
   }
 
  private:
@@ -114,19 +118,20 @@ class Coming {
     int64_t bytes;
   };
 
-  static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(4096 / bytes, 8, TILE_KEYS_DECODE)); }
+  static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(AHEAD / bytes, 8, TILE_KEYS_DECODE)); }
 
-  static void prefetch(const char* at, int64_t bytes) {
-    __builtin_prefetch(at, 0, 3);
-    __builtin_prefetch(at + bytes - 1, 0, 3);
-    for (int64_t b = 64; b < bytes - 64; b += 64) __builtin_prefetch(at + b, 0, 3);
+  static void line(const char* at) { __builtin_prefetch(at, 0, PREFETCH); }
+
+  static void row(const char* at, int64_t bytes) {
+    line(at), line(at + bytes - 1);
+    for (int64_t b = 64; b < bytes - 64; b += 64) line(at + b);
   }
 
   [[gnu::noinline]] void across(int count) {
     for (; count > 0; --count) {
       while (at_ < 2 && parts_[at_].row == parts_[at_].end) ++at_;
       if (parts_[at_].row == parts_[at_].end) return;
-      prefetch(parts_[at_].row++->at, parts_[at_].bytes);
+      row(parts_[at_].row++->at, parts_[at_].bytes);
     }
   }
 

@@ -25,17 +25,6 @@ struct Source {
   int64_t dim, stride;  // in bytes, from key to key
 };
 
-// Rows that will be read soon: memory answers while others are computed.
-struct Ahead {
-  const Row* rows = nullptr;
-  int n = 0;
-  int64_t bytes = 0;
-  void fetch(int from, int to) const {
-    for (int i = from; i < std::min(to, n); ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i].at + b, 0, 3);
-  }
-};
-
 // `n` float32 numbers of a row from element `from` on, zeros up to LANES.
 inline Vec numbers(const Row& row, int dtype, int64_t from, int64_t n) {
   if (n >= LANES) {

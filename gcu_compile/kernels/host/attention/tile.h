@@ -173,10 +173,10 @@ class Tile {
     const Keys& at = *now_;
     const float* alpha = started_[0] ? alpha_ : nullptr;
     started_[0] = true;
+    Coming coming(at, *next_, in_.head_dim * size_, in_.v_dim * size_);
+    if (key == item_.first_key) Coming::begin(at, in_.head_dim * size_);
     if constexpr (P::BY_TILES) {
       const int64_t block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
-      Coming coming(at, *next_, in_.head_dim * size_, in_.v_dim * size_);
-      if (key == item_.first_key) Coming::begin(at, in_.head_dim * size_);
       auto source = [&](const Row* rows, int64_t dim, const Strides& by) {
         return Source{rows, at.n, dim % (64 / size_) == 0 && block_size >= 16, dim, by.token * size_};
       };
@@ -200,9 +200,9 @@ class Tile {
         else P::weigh_packed(p_, at.v, at.n, in_.v_dim, v_, o_, ldo_, alpha, coming);
       }
     } else if constexpr (P::FEW > 0) {
-      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, {at.v, at.n, in_.v_dim * size_});
+      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, coming);
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
-      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, {next_->k, next_->n, in_.head_dim * size_});
+      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, coming);
     }
   }
 
