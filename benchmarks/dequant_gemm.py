@@ -3,7 +3,8 @@
     python benchmarks/dequant_gemm.py [--only w4a16|w8a16|w8a8] [--rows 1 32 512] [--cpu-time] [--json FILE]
 
 Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns, call by call, and the
-medians are compared. With few rows a plain read of memory takes its turn as well, for a virtual machine's bandwidth
+medians are compared. Ours are called as generated code and vLLM's layers call them, past torch's dispatcher
+(`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's bandwidth
 changes from second to second; the last column is the share of it.
 `--cpu-time` takes one thread and the time that it was running: for a machine that others use as well.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 import gcu_compile.kernels.dequant_gemm  # noqa: F401
+from gcu_compile.kernels import direct
 from gcu_compile.kernels.dequant_gemm import layouts
 from gcu_compile.kernels.host import pages
 
@@ -84,7 +86,7 @@ def w4a16(x):
         return weight, weight.nbytes
 
     ours = rotated(tiles)
-    peers = {"ours": of(ours, lambda w: torch.ops.gcu.dequant_gemm.default(x, w, scales, layout="host_int4"))}
+    peers = {"ours": of(ours, lambda w: direct.dequant_gemm(x, w, scales, layout="host_int4"))}
 
     def vllm():
         weights = rotated(lambda: (words(N // 16, K * 16 // 8), N * K // 2))
@@ -119,7 +121,7 @@ def w8a16(x):
     scales = torch.rand(1, N).bfloat16()
     plain = int8_weights()
     ours = [pages.huge(layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K)) for w in plain]
-    peers = {"ours": of(ours, lambda w: torch.ops.gcu.dequant_gemm.default(x, w, scales, layout="host_int8"))}
+    peers = {"ours": of(ours, lambda w: direct.dequant_gemm(x, w, scales, layout="host_int8"))}
     flat = scales.reshape(-1)
     optional(peers, "aten int8pack", lambda: of(plain, lambda w: torch.ops.aten._weight_int8pack_mm(x, w, flat)))
     optional(peers, "bf16 linear", lambda: bf16(x))
@@ -133,7 +135,7 @@ def w8a8(x):
     scales = torch.rand(1, N)
     plain = int8_weights()
     ours = [pages.huge(layouts.repack(w, layouts.get("int8_rows"), layouts.get("host_int8"), N, K)) for w in plain]
-    peers = {"ours": of(ours, lambda w: torch.ops.gcu.int8_gemm.default(x, w, scales, layout="host_int8"))}
+    peers = {"ours": of(ours, lambda w: direct.int8_gemm(x, w, scales, layout="host_int8"))}
 
     def onednn():
         handlers = [ops.create_onednn_scaled_mm(w.t(), scales.reshape(N, 1), x.dtype, True, False, 32) for w in plain]
