@@ -75,18 +75,11 @@ struct Keys {
 // their turn, a few at a time between pieces of arithmetic. The CPU's own prefetcher does not see the order of blocks, and
 // fetches the other line of a pair only sometimes.
 //
-// How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
-// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 16 KB
-// into the second: the first takes too few lines at a time, and memory's time and that of arithmetic would add up.
-#ifdef __AMX_TILE__
-constexpr int FIRST_CACHE = 3, PREFETCH = FIRST_CACHE, AHEAD = 4096;
-#else
-constexpr int SECOND_CACHE = 2, PREFETCH = SECOND_CACHE, AHEAD = 16384;
-#endif
-
-class Coming {
+// LOCALITY: of the cache, as __builtin_prefetch wants it.
+template <int AHEAD, int LOCALITY>
+class Fetched {
  public:
-  Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes) {
+  Fetched(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes) {
     const int ahead = rows_ahead(k_bytes);
     parts_[0] = {now.k + std::min(ahead, now.n), now.k + now.n, k_bytes};
     parts_[1] = {now.v, now.v + now.n, v_bytes};
@@ -120,7 +113,7 @@ class Coming {
 
   static int rows_ahead(int64_t bytes) { return int(std::clamp<int64_t>(AHEAD / bytes, 8, TILE_KEYS_DECODE)); }
 
-  static void line(const char* at) { __builtin_prefetch(at, 0, PREFETCH); }
+  static void line(const char* at) { __builtin_prefetch(at, 0, LOCALITY); }
 
   static void row(const char* at, int64_t bytes) {
     line(at), line(at + bytes - 1);
@@ -138,5 +131,31 @@ class Coming {
   Part parts_[3];
   int at_ = 0;
 };
+
+// How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
+// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 24 KB
+// into the second, and 4 KB from there: the first takes too few lines at a time from memory, whose time and that of
+// arithmetic would add up.
+constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;
+#ifdef __AMX_TILE__
+using Coming = Fetched<4096, FIRST_CACHE>;
+#else
+class Coming {
+ public:
+  Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes)
+      : far_(now, next, k_bytes, v_bytes), near_(now, next, k_bytes, v_bytes) {}
+  template <int COUNT>
+  [[gnu::always_inline]] void fetch() {
+    far_.fetch<COUNT>();
+    near_.fetch<COUNT>();
+  }
+  static void begin(const Keys& keys, int64_t bytes) { Far::begin(keys, bytes); }
+
+ private:
+  using Far = Fetched<24576, SECOND_CACHE>;
+  Far far_;
+  Fetched<4096, FIRST_CACHE> near_;
+};
+#endif
 
 }  // namespace
