@@ -77,7 +77,8 @@ def isa_flags(isa: str) -> tuple[str, ...]:
     """What the compiler is told for `isa`: its level, and of the extensions beyond it those that this CPU has."""
     if isa not in ("avx512", "amx"):
         return ISA_FLAGS[isa]
-    more = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 has no such list
+    # A list that not every torch has; without it a slower path is taken.
+    more = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has = {
         "-mavx512vnni": torch.cpu._is_vnni_supported(),
         "-mavx512bf16": torch.cpu._is_avx512_bf16_supported(),
