@@ -60,7 +60,7 @@ def test_it_obeys_the_rules(checked, name):
         assert "for tile in range(tl.program_id(0)," in kernel["text"]
 
 
-@pytest.mark.parametrize("name", GATHERS)
+@pytest.mark.parametrize("name", sorted(GATHERS))
 def test_a_gather_is_found_where_there_is_one(checked, name):
     verdicts = {access["verdict"] for kernel in checked[name]["kernels"] for access in kernel["accesses"]}
     assert "gather" in verdicts
