@@ -25,14 +25,15 @@ HIDDEN, WIDE, CALLS = 4096, 11008, 40
 WRITTEN = ", inputs just written"
 
 
-def turns(peers: dict) -> dict[str, float]:
-    """Median milliseconds of each peer, called in turn."""
+def turns(peers: dict, before=lambda: None) -> dict[str, float]:
+    """Median milliseconds of each peer, called in turn; `before` each call, and not in its time."""
     times = {name: [] for name in peers}
     for call in peers.values():
         call()
         call()
     for _ in range(CALLS):
         for name, call in peers.items():
+            before()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -49,13 +50,9 @@ def norm(tokens: int) -> dict:
         ops.fused_add_rms_norm(y.copy_(x), kept.copy_(residual), weight, 1e-6)
         return ops.onednn_scaled_int8_quant(y, None, None, True)
 
-    def after_writing(call):
-        """Seconds of `call` on inputs that were written just before, as by the layers in front of a norm."""
+    def write_inputs():  # as the layers in front of a norm do
         y.copy_(x)
         kept.copy_(residual)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
 
     def vllm_in_place():
         ops.fused_add_rms_norm(y, kept, weight, 1e-6)
@@ -67,16 +64,11 @@ def norm(tokens: int) -> dict:
         "vLLM's pair and the copies that keep its inputs": vllm,
         "Inductor": inductor,
     }
-    found = turns(peers)
     written = {
         f"ours{WRITTEN}": lambda: direct.rms_norm_quant(y, kept, weight, 1e-6),
         f"vLLM's pair in place{WRITTEN}": vllm_in_place,
     }
-    times = {name: [] for name in written}
-    for _ in range(CALLS):
-        for name, call in written.items():
-            times[name].append(after_writing(call))
-    return found | {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    return turns(peers) | turns(written, write_inputs)
 
 
 def swiglu(tokens: int) -> dict:

@@ -84,7 +84,7 @@ def isa_flags(isa: str) -> tuple[str, ...]:
         "-mavx512bf16": torch.cpu._is_avx512_bf16_supported(),
         "-mavx512vbmi2": more.get("avx512_vbmi2", False),
     }
-    return (*ISA_FLAGS[isa], *(flag for flag, supported in has.items() if supported and flag not in ISA_FLAGS[isa]))
+    return (*ISA_FLAGS[isa], *(flag for flag, supported in has.items() if supported))
 
 
 def load(name: str) -> ctypes.CDLL:

@@ -41,10 +41,10 @@ inline char* row_at(const void* p, int64_t r, int64_t stride) {
 constexpr int64_t AHEAD = 4096;  // bytes
 
 template <int32_t DTYPE>
-class Coming {
+class ReadAhead {
  public:
   // Behind the row follows the next one, `stride` elements from it.
-  Coming(const char* row, int64_t size, int64_t stride)
+  ReadAhead(const char* row, int64_t size, int64_t stride)
       : row_(row), size_(size * size_of(DTYPE)), next_((stride - size) * size_of(DTYPE)) {}
 
   template <int64_t COUNT>
@@ -132,11 +132,12 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
   char* total = row_at<DTYPE>(in.residual_out, r, size);
   Two<vf> squares = {};
   Two<vi> most = {};
-  const Coming<DTYPE> hidden(x, size, in.x_stride), residual(other, size, in.other_stride);
+  const ReadAhead<DTYPE> hidden(x, size, in.x_stride), residual(other, size, in.other_stride);
   for (int64_t at = 0; at < size; at += PAIR) {
-    hidden.template fetch<PAIR>(at), residual.template fetch<PAIR>(at);
+    hidden.template fetch<PAIR>(at);
     Two<vf> s = read<DTYPE>(x, at, size), w = read_pair<W>(weight.values.data() + at * size_of(W));
     if (other) {
+      residual.template fetch<PAIR>(at);
       Two<vf> more = read<DTYPE>(other, at, size);
       s = {s.a + more.a, s.b + more.b};
       writing<size_of(DTYPE)>(total + at * size_of(DTYPE), size - at, [&](char* p) { write_pair<DTYPE>(s, p); });
@@ -205,7 +206,7 @@ Kept gated(const Arguments& in, int64_t r, float* row) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   Two<vi> most = {};
-  const Coming<DTYPE> gates(x, size, in.x_stride), ups(other, size, in.other_stride);
+  const ReadAhead<DTYPE> gates(x, size, in.x_stride), ups(other, size, in.other_stride);
   for (int64_t at = 0; at < size; at += 2 * PAIR) {
     gates.template fetch<2 * PAIR>(at), ups.template fetch<2 * PAIR>(at);
     Two<vf> a = read<DTYPE>(x, at, size), b = read<DTYPE>(x, at + PAIR, size);
