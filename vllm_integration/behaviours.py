@@ -76,11 +76,14 @@ def edit_engine_args(kwargs: dict[str, Any]) -> None:
     refuse_multi_step(kwargs)
     for name in MULTI_STEP_NAMES:
         kwargs.pop(name, None)
-    refuse_multi_step(kwargs.get("additional_config") or {})
+    refuse_multi_step(kwargs.get("additional_config"))
 
 
-def refuse_multi_step(given: dict[str, Any]) -> None:
-    """Behaviour 6: raise if `given` asks for multi-step scheduling. One step per schedule is no request."""
+def refuse_multi_step(given: Any) -> None:
+    """Behaviour 6: raise if `given` asks for multi-step scheduling. One step per schedule is no request; neither is
+    None, nor an `additional_config` that is no dict."""
+    if not isinstance(given, dict):
+        return
     for name, nothing in MULTI_STEP_NAMES.items():
         if str(given.get(name)) not in nothing:
             raise UnsupportedFeatureError(

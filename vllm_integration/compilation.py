@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from gcu_compile.cache.key import cache_key
 from gcu_compile.lowering.rules import rope_and_cache
 from gcu_compile.options import resolve
 from vllm_integration import versions
@@ -38,8 +40,9 @@ def apply_defaults(compilation: Any, compiler: str) -> None:
             setattr(compilation.pass_config, name, False)
 
 
-def take_over(vllm_config: Any, compiler: str) -> None:
-    """Compile with `compiler` in the mode that keeps artifacts between starts, in pieces split at attention."""
+def take_over(vllm_config: Any, compiler: str, target: str) -> None:
+    """Compile for `target` with `compiler` in the mode that keeps artifacts between starts, in pieces split at
+    attention."""
     from vllm.config import CompilationMode  # vllm.config imports the platform: not at the top
 
     compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
@@ -51,6 +54,32 @@ def take_over(vllm_config: Any, compiler: str) -> None:
         compilation.splitting_ops.remove(CACHE_UPDATE)  # a call in a piece, for the rule to join with what precedes it
     # vLLM fills this in only where it captures device graphs, yet looks every shape up in it.
     compilation.compile_sizes = compilation.compile_sizes or []
+    vllm_config.additional_config = keyed(vllm_config.additional_config, cache_key(resolve(), target))
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """vLLM's `additional_config` where it is no dict, and the key of our code."""
+
+    given: Any
+    key: str
+
+    def compute_hash(self) -> str:
+        return f"{self.given.compute_hash()}-{self.key}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "given"), name)
+
+
+def keyed(additional: Any, key: str) -> Any:
+    """`additional`, a configuration's `additional_config`, with `key` in its hash.
+
+    vLLM asks no compiler for its hash when it looks for whole models that were compiled ahead of time, only its own
+    configuration: without this a start would take up code of other rules, options or versions of ours.
+    """
+    if isinstance(additional, dict):
+        return {**additional, "gcu_compile": key}
+    return Keyed(additional.given if isinstance(additional, Keyed) else additional, key)
 
 
 def writes_apart(attn_type: str) -> bool:

@@ -99,7 +99,7 @@ class GcuPlatform(Platform):
         from vllm.config import CompilationMode, CUDAGraphMode  # vllm.config imports the platform: not at the top
 
         behaviours.refuse_fork()
-        behaviours.refuse_multi_step(vllm_config.additional_config or {})
+        behaviours.refuse_multi_step(vllm_config.additional_config)
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_integration.gcu_worker.GcuWorker"
@@ -117,7 +117,7 @@ class GcuPlatform(Platform):
         if not cls.support_static_graph_mode():
             config.cudagraph_mode = CUDAGraphMode.NONE  # whatever vLLM made of its optimisation level
         if config.mode == CompilationMode.VLLM_COMPILE and config.backend == "inductor":
-            compilation.take_over(vllm_config, cls.get_compile_backend())
+            compilation.take_over(vllm_config, cls.get_compile_backend(), gcu_target())
             config.inductor_compile_config.update(inductor_settings(gcu_target(), resolve()))
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = behaviours.MULTIPROC_METHOD
 

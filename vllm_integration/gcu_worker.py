@@ -21,6 +21,7 @@ from gcu_compile.backend import inductor_settings
 from gcu_compile.options import resolve
 from gcu_compile.targets.select import gcu_target
 from vllm_integration import vllm_private
+from vllm_integration.frames import with_room
 from vllm_integration.sampler import GcuSampler
 from vllm_integration.slots import slot_mapping
 
@@ -51,6 +52,9 @@ class GcuModelRunner(GPUModelRunner):
 
 class GcuWorker(Worker):
     """One card, or one emulated card."""
+
+    execute_model = with_room(Worker.execute_model)
+    sample_tokens = with_room(Worker.sample_tokens)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
         """No pool of its own: there is no sleep mode."""

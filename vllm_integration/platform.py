@@ -105,7 +105,7 @@ class GcuHostPlatform(CpuPlatform):
         from vllm.config import CompilationMode  # vllm.config imports the platform: not at the top
 
         behaviours.refuse_fork()
-        behaviours.refuse_multi_step(vllm_config.additional_config or {})
+        behaviours.refuse_multi_step(vllm_config.additional_config)
         config = vllm_config.compilation_config
         asked_mode, asked_backend = config.mode, config.backend
         asked_async = vllm_config.scheduler_config.async_scheduling
@@ -130,5 +130,5 @@ class GcuHostPlatform(CpuPlatform):
             behaviours.log.warning("async_scheduling is not available on target host; it stays off.")
         traced_once = config.mode == CompilationMode.DYNAMO_TRACE_ONCE
         if asked_mode == CompilationMode.VLLM_COMPILE and traced_once and asked_backend == "inductor":
-            compilation.take_over(vllm_config, cls.get_compile_backend())
+            compilation.take_over(vllm_config, cls.get_compile_backend(), "host")
             config.ir_enable_torch_wrap = torch_wrap

@@ -8,6 +8,7 @@ from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.options import resolve
 from vllm_integration import cores, vllm_private
 from vllm_integration.behaviours import log
+from vllm_integration.frames import with_room
 from vllm_integration.lazy_memory import LazyZeros
 from vllm_integration.rejection_sampler import GcuRejectionSampler
 from vllm_integration.reports import keep_or_recall
@@ -52,6 +53,9 @@ class GcuHostWorker(CPUWorker):
             return super().determine_available_memory()
         finally:
             runner.max_num_tokens = longest
+
+    execute_model = with_room(CPUWorker.execute_model)
+    sample_tokens = with_room(CPUWorker.sample_tokens)
 
     def initialize_from_config(self, kv_cache_config) -> None:
         with LazyZeros():

@@ -59,3 +59,29 @@ def test_only_a_lone_worker_that_nobody_sent_away_stays(asked, size, kept):
     parallel = SimpleNamespace(distributed_executor_backend="mp", world_size=size)  # as vLLM's CPU platform leaves it
     cores.keep_in_process(asked, parallel)
     assert parallel.distributed_executor_backend == kept
+
+
+def test_other_rules_of_ours_are_another_compiled_model(tmp_path, monkeypatch):
+    """vLLM finds whole compiled models by the hash of its configuration alone."""
+    from tiny import save_llama
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = str(save_llama(tmp_path, eos_token_id=None, pad_token_id=None))
+
+    def hashed(**given):
+        settings = {"skip_tokenizer_init": True, "max_model_len": 128, **given}
+        return EngineArgs(model=model, **settings).create_engine_config().compute_hash()
+
+    plain, asked = hashed(), hashed(additional_config={"a": 1})
+    assert plain == hashed() and plain != asked
+    monkeypatch.setenv("GCU_COMPILE_DISABLE_RULES", "rms_norm")
+    assert len({plain, asked, hashed(), hashed(additional_config={"a": 1})}) == 4
+
+
+def test_an_additional_configuration_that_is_no_dict_keeps_its_meaning():
+    from vllm_integration.compilation import keyed
+
+    given = SimpleNamespace(compute_hash=lambda: "theirs", depth=3)
+    one, other = keyed(given, "a"), keyed(given, "b")
+    assert one.depth == 3 and one.compute_hash() != other.compute_hash()
+    assert keyed(one, "b").compute_hash() == other.compute_hash()

@@ -9,6 +9,7 @@ and zeros must lie where a group of neighbouring inputs, or a `g_idx`, puts them
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ _known: dict[str, tuple | Refusal] = {}
 @dataclass(frozen=True)
 class Operand:
     """One of scales and zeros: node `source`, whose element for group g and output n is number
-    `group_step * g + n_step * n`; `casts` are applied to it first."""
+    `group_step * g + n_step * n`; `casts` are applied to it first: those that the operation does not make itself."""
 
     source: torch.fx.Node
     groups: int
@@ -146,7 +147,7 @@ def _examine(matrix, product, weight, inputs) -> Weight | Refusal:
     if isinstance(zero, torch.fx.Node):
         nothing = torch.zeros(value_of(codes).shape, dtype=torch.float64)
         unit_scale = torch.full(value_of(scale).shape, -1.0, dtype=torch.float64)  # the zeros are subtracted
-        parts.append(_operand(matrix, zero, {codes: nothing, scale: unit_scale}, index))
+        parts.append(_operand(matrix, zero, {codes: nothing, scale: unit_scale}, index, integers=True))
     for part in parts:
         if isinstance(part, Refusal):
             return part
@@ -202,9 +203,9 @@ def _may_index(node, k: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64) and value.shape == (k,)
 
 
-def _operand(matrix, top, around, index) -> tuple[Operand, torch.fx.Node | None] | Refusal:
+def _operand(matrix, top, around, index, integers=False) -> tuple[Operand, torch.fx.Node | None] | Refusal:
     """Where in its source the element of `top` for (k, n) lies. `around`: values of the rest of the arithmetic with
-    which the matrix is `top`, moved."""
+    which the matrix is `top`, moved. `integers`: the operation takes them as they are."""
     k, n = value_of(matrix).shape
     source, casts = top, []
     while source.target in probe.MOVES | probe.CASTS:
@@ -229,8 +230,29 @@ def _operand(matrix, top, around, index) -> tuple[Operand, torch.fx.Node | None]
     for group, node in options:
         for group_step, n_step in ((0, 0),) if count == 1 else ((n, 1), (1, groups)):
             if torch.equal(places, (group * group_step).unsqueeze(1) + columns * n_step):
-                return Operand(source, groups, group_step, n_step, tuple(reversed(casts))), node
+                casts = _rounding(value_of(source).dtype, reversed(casts), integers)
+                return Operand(source, groups, group_step, n_step, casts), node
     return Refusal("scales or zeros do not follow groups of neighbouring inputs", near=True)
+
+
+def _rounding(dtype: torch.dtype, casts: Iterable[torch.dtype], integers: bool) -> tuple[torch.dtype, ...]:
+    """The `casts` of numbers of `dtype` without those that change none. The operation widens what it is given itself;
+    widened in the graph it would be another tensor at every step: a pass over it, and the kernel's look at it anew."""
+    kept = []
+    for cast in casts:
+        if not _holds_all(cast, dtype) or not (integers or dtype.is_floating_point):
+            kept.append(cast)
+            dtype = cast
+    return tuple(kept)
+
+
+def _holds_all(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of `narrow` is one of the floating-point dtype `wide`."""
+    if not wide.is_floating_point:
+        return False
+    if narrow.is_floating_point:
+        return torch.promote_types(wide, narrow) == wide
+    return torch.iinfo(narrow).max <= 2 / torch.finfo(wide).eps  # up to 2 ** (digits of wide) all integers are there
 
 
 def _equal(matrix, weight: Weight, index: list[torch.fx.Node]) -> bool:
@@ -268,7 +290,8 @@ def _equal(matrix, weight: Weight, index: list[torch.fx.Node]) -> bool:
 
 
 def placed(source, operand: Operand, n: int, offset: int, call):
-    """`source` (plus `offset`) as the operation wants it, [G, N] or [1, N], by calls of aten operations."""
+    """`source` (plus `offset`) as the operation wants it, [G, N] or [1, N], by calls of aten operations; as it is, where
+    it is that."""
     for dtype in operand.casts:
         source = call(prims.convert_element_type.default, source, dtype)
     if offset:
@@ -276,5 +299,7 @@ def placed(source, operand: Operand, n: int, offset: int, call):
     if (operand.group_step, operand.n_step) == (0, 0):
         return call(aten.expand.default, call(aten.view.default, source, [1, 1]), [1, n])
     if operand.n_step == 1:
-        return call(aten.view.default, source, [operand.groups, n])
+        shape = (source if isinstance(source, torch.Tensor) else value_of(source)).shape
+        is_that = shape == (operand.groups, n)
+        return source if is_that else call(aten.view.default, source, [operand.groups, n])
     return call(aten.permute.default, call(aten.view.default, source, [n, operand.groups]), [1, 0])
