@@ -14,6 +14,7 @@ import torch
 
 import gcu_compile.kernels.attention
 import gcu_compile.kernels.dequant_gemm
+import gcu_compile.kernels.linear
 import gcu_compile.kernels.prologues
 import gcu_compile.kernels.sampling  # noqa: F401  (they define torch.ops.gcu.*)
 from gcu_compile import torch_private

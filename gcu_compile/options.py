@@ -85,6 +85,13 @@ class Options:
         choices=("auto", "gcu", "vllm"),
         changes_code=True,
     )
+    linear: str = _option(
+        "auto",
+        "vLLM on the host: whose kernel multiplies with unquantised weights of bfloat16; auto takes ours where it was "
+        "measured to be the faster.",
+        choices=("auto", "gcu", "vllm"),
+        changes_code=True,
+    )
     emulate: str = _option(
         "", "Emulate this card in host memory.", choices=("", "gcu300", "gcu400"), changes_code=True
     )

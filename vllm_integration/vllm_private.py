@@ -220,6 +220,21 @@ def replace_encoder_attention(attend: Callable) -> None:
     _once(vit_attn_wrappers, "apply_sdpa", make)
 
 
+def replace_linear(prepare: Callable) -> None:
+    """`prepare(layer, remove_weight)` for each unquantised layer on the CPU, before vLLM chooses its product; true: it
+    has set `layer.cpu_linear`. No hook stands between a layer and vLLM's own choice."""
+    from vllm.model_executor.layers import utils
+
+    def make(original):
+        def dispatch_cpu_unquantized_gemm(layer, remove_weight):
+            if not prepare(layer, remove_weight):
+                original(layer, remove_weight)
+
+        return dispatch_cpu_unquantized_gemm
+
+    _once(utils, "dispatch_cpu_unquantized_gemm", make)
+
+
 def replace_slot_mapping(compute: Callable) -> None:
     """`compute(block_table, query_start_loc, positions, block_size, out)` instead of a Triton kernel."""
     from vllm.v1.worker.block_table import BlockTable

@@ -6,7 +6,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.options import resolve
-from vllm_integration import cores, vllm_private
+from vllm_integration import cores, linear, vllm_private
 from vllm_integration.behaviours import log
 from vllm_integration.frames import with_room
 from vllm_integration.lazy_memory import LazyZeros
@@ -29,6 +29,7 @@ class GcuHostWorker(CPUWorker):
             from vllm_integration.attention import encode
 
             vllm_private.replace_encoder_attention(encode)
+        linear.install()
         if options.shadow != "off":
             from gcu_compile.debug import shadow  # a start from vLLM's cache never reaches the backend
 

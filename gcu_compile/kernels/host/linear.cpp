@@ -1,0 +1,113 @@
+// Rows of bfloat16 times a weight that was packed: y[m, n] = sum_k x[m, k] * weight[n, k] + bias[n].
+//
+// The weight lies in strips of STRIP outputs; a strip has two inputs of each output side by side, a pair in 32 bits, and
+// all outputs of a pair of inputs in one piece. So one row reads a strip from its first byte to its last, and many rows
+// find it in the second cache. A group of up to ROWS rows has its sums in registers.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "pairs.h"
+#include "simd.h"
+
+// Field order is that of `FIELDS` in host/linear.py.
+struct Arguments {
+  const void *x, *weight, *bias;  // [m, k]; [strips, (k + 1) / 2, STRIP, 2]; [n] or null
+  void* y;                        // [m, n]
+  int64_t m, k, n, stride;        // stride: of x, from row to row
+  int32_t bias_dtype, threads;
+};
+
+namespace {
+
+constexpr int STRIP = 32, VECTORS = STRIP / LANES;
+constexpr int ROWS = LANES == 16 ? 12 : 2;  // whose sums fill the registers, with the weight's and one of x
+constexpr int64_t NEAR = 1024, FAR = 16384;  // bytes that are fetched before their turn, into the first and second cache
+constexpr int64_t WAKE = 100000;             // fewer products take less time than waking other threads
+
+vf add(vf sum, const char* weight, int32_t pair) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(pair));
+#else
+  const Two<vf> w = read_pair<BF16>(weight);
+  const uint32_t bits = uint32_t(pair);
+  return fma(w.a, splat(std::bit_cast<float>(bits << 16)), fma(w.b, splat(std::bit_cast<float>(bits & 0xffff0000)), sum));
+#endif
+}
+
+// sums[r][i] of M rows that lie as `lay_out` has them, and one strip.
+template <int M>
+void multiply(const int32_t* x, const char* strip, int64_t pairs, float (*sums)[STRIP]) {
+  vf sum[M][VECTORS];
+#pragma GCC unroll 12
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = splat(0.0f);
+  for (int64_t p = 0; p < pairs; ++p, x += M, strip += 4 * STRIP) {
+    for (int b = 0; b < 4 * STRIP; b += 64) {
+      __builtin_prefetch(strip + NEAR + b, 0, 3);
+      __builtin_prefetch(strip + FAR + b, 0, 2);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = add(sum[r][v], strip + v * sizeof(vf), x[r]);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store(sums[r] + v * LANES, sum[r][v]);
+}
+
+using Multiply = void (*)(const int32_t*, const char*, int64_t, float (*)[STRIP]);
+template <int... M>
+Multiply of_rows(int rows, std::integer_sequence<int, M...>) {
+  static constexpr Multiply all[] = {multiply<M + 1>...};
+  return all[rows - 1];
+}
+
+// Pairs of inputs of `rows` rows, the rows of a pair side by side.
+void lay_out(const Arguments& in, int64_t first, int rows, int64_t pairs, int32_t* to) {
+  const auto* x = static_cast<const uint16_t*>(in.x) + first * in.stride;
+  for (int r = 0; r < rows; ++r) {
+    const uint16_t* row = x + r * in.stride;
+    for (int64_t p = 0; p < in.k / 2; ++p) std::memcpy(to + p * rows + r, row + 2 * p, 4);
+    if (in.k % 2) to[(pairs - 1) * rows + r] = row[in.k - 1];
+  }
+}
+
+}  // namespace
+
+extern "C" void gcu_linear(const Arguments* arguments) {
+  const Arguments& in = *arguments;
+  if (!in.m) return;
+  const int64_t pairs = (in.k + 1) / 2, strips = (in.n + STRIP - 1) / STRIP, groups = (in.m + ROWS - 1) / ROWS;
+  // Groups of equal size, or of one row less.
+  auto begin = [&](int64_t group) { return group * in.m / groups; };
+  static thread_local std::vector<int32_t> kept;
+  if (int64_t(kept.size()) < in.m * pairs) kept.resize(in.m * pairs);
+  int32_t* laid_out = kept.data();
+#pragma omp parallel num_threads(in.threads) if (in.threads > 1 && in.m * in.n * in.k > WAKE)
+  {
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), pairs, laid_out + begin(g) * pairs);
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t first = s * STRIP;
+      const int columns = int(std::min<int64_t>(STRIP, in.n - first));
+      float bias[STRIP] = {}, sums[ROWS][STRIP];
+      if (in.bias) to_floats(in.bias, in.bias_dtype, first, columns, bias);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int rows = int(begin(g + 1) - begin(g));
+        of_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+            laid_out + begin(g) * pairs, static_cast<const char*>(in.weight) + s * pairs * 4 * STRIP, pairs, sums);
+        for (int r = 0; r < rows; ++r) {
+          for (int c = 0; c < columns; ++c) sums[r][c] += bias[c];
+          from_floats(sums[r], columns, in.y, BF16, (begin(g) + r) * in.n + first);
+        }
+      }
+    }
+  }
+}
