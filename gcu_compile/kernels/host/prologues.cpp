@@ -9,6 +9,7 @@
 #include "exp.h"
 #include "pairs.h"
 #include "quantize.h"
+#include "room.h"
 
 // Field order is that of `Arguments` in host/prologues.py.
 struct Arguments {
@@ -80,21 +81,21 @@ inline float largest(Two<vi> most) {
 // A norm's weight as numbers up to 1, so that no product with one overflows, and the power of two that they lack. Of dtype
 // `W`: bfloat16 if rows and weight are, for it takes half of the cache; else float32 in the order in which a row is kept.
 struct Weight {
-  std::vector<char> values;
+  char* values;
   double factor = 1;
 };
 
 template <int32_t DTYPE, int32_t W>
-Weight weight_of(const Arguments& in, int64_t padded) {
-  Weight weight{std::vector<char>(padded * size_of(W))};
+Weight weight_of(const Arguments& in, char* values) {
+  Weight weight{values};
   auto from = [&](int64_t at) {
     if (in.weight_dtype == DTYPE) return read<DTYPE>(static_cast<const char*>(in.weight), at, in.size);
-    float values[PAIR] = {};
-    to_floats(in.weight, in.weight_dtype, at, int(std::min(in.size - at, PAIR)), values);
+    float each[PAIR] = {};
+    to_floats(in.weight, in.weight_dtype, at, int(std::min(in.size - at, PAIR)), each);
     Two<vf> w;
     for (int i = 0; i < LANES; ++i) {
-      w.a[i] = values[DTYPE == BF16 ? 2 * i : i];
-      w.b[i] = values[DTYPE == BF16 ? 2 * i + 1 : i + LANES];
+      w.a[i] = each[DTYPE == BF16 ? 2 * i : i];
+      w.b[i] = each[DTYPE == BF16 ? 2 * i + 1 : i + LANES];
     }
     return w;
   };
@@ -107,7 +108,7 @@ Weight weight_of(const Arguments& in, int64_t padded) {
   float inverse = float(std::ldexp(1.0, -exponent));
   for (int64_t at = 0; at < in.size; at += PAIR) {
     Two<vf> w = from(at);
-    write_pair<W>({w.a * inverse, w.b * inverse}, weight.values.data() + at * size_of(W));
+    write_pair<W>({w.a * inverse, w.b * inverse}, weight.values + at * size_of(W));
   }
   return weight;
 }
@@ -135,7 +136,7 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
   const ReadAhead<DTYPE> hidden(x, size, in.x_stride), residual(other, size, in.other_stride);
   for (int64_t at = 0; at < size; at += PAIR) {
     hidden.template fetch<PAIR>(at);
-    Two<vf> s = read<DTYPE>(x, at, size), w = read_pair<W>(weight.values.data() + at * size_of(W));
+    Two<vf> s = read<DTYPE>(x, at, size), w = read_pair<W>(weight.values + at * size_of(W));
     if (other) {
       residual.template fetch<PAIR>(at);
       Two<vf> more = read<DTYPE>(other, at, size);
@@ -249,12 +250,14 @@ void run(const Arguments& in) {
   int64_t part = std::clamp(in.rows / std::max(threads * 8, int64_t(1)), int64_t(1), int64_t(4));
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
   {
-    std::vector<float> row(padded);
-    Weight weight = in.weight ? weight_of<DTYPE, W>(in, padded) : Weight{};
+    // On cache lines: a vector that lies across two takes as long as two.
+    Room<float> row(padded);
+    Room<char> values(in.weight ? padded * size_of(W) : 0);
+    Weight weight = in.weight ? weight_of<DTYPE, W>(in, values.get()) : Weight{};
 #pragma omp for schedule(dynamic, part)
     for (int64_t r = 0; r < in.rows; ++r) {
-      Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.data()) : gated<DTYPE>(in, r, row.data());
-      quantize_kept<DTYPE>(row.data(), in.size, found, in.codes + r * in.size, in.scales[r]);
+      Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.get()) : gated<DTYPE>(in, r, row.get());
+      quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r]);
     }
   }
 }

@@ -17,7 +17,7 @@
 
 #include "amx_tiles.h"
 #include "layer.h"
-#include "room.h"
+#include "../room.h"
 
 #if defined(__AMX_TILE__)
 

@@ -12,7 +12,7 @@
 
 #include "fetch.h"
 #include "int8_product.h"
-#include "room.h"
+#include "../room.h"
 
 namespace {
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "../room.h"
 
 namespace {
 
@@ -42,6 +43,7 @@ class Product : public Layer<BITS> {
       end = begin + std::max<int64_t>(1, most / group_) * group_;
       if (group_ > most) end = std::min(begin + most, (begin / group_ + 1) * group_);
       blocks_.push_back({begin, end = std::min(end, words_)});
+      most_ = std::max(most_, blocks_.back().lanes());
     }
   }
 
@@ -52,18 +54,18 @@ class Product : public Layer<BITS> {
   }
 
   void work(int64_t task, int64_t end) const override {
-    std::vector<int32_t> unpacked;
-    std::vector<float> c;
+    Room<int32_t> unpacked(most_ * TILE);
+    Room<float> c(ROWS * TILE);
     read_factors(task / chunks(), (end - 1) / chunks() + 1);
     for (; task < end; ++task) {
       int64_t tile = task / chunks(), first = in_.m * (task % chunks()) / chunks();
       int rows = int(in_.m * (task % chunks() + 1) / chunks() - first);
-      c.assign(rows * TILE, 0.0f);
+      std::fill_n(c.get(), rows * TILE, 0.0f);
       if (!apart_ && in_.m <= DIRECT_ROWS)
-        direct(tile, first, rows, c.data());
+        direct(tile, first, rows, c.get());
       else
-        blocked(tile, first, rows, c.data(), unpacked);
-      finish(tile, first, rows, c.data());
+        blocked(tile, first, rows, c.get(), unpacked.get());
+      finish(tile, first, rows, c.get());
     }
   }
 
@@ -182,13 +184,12 @@ class Product : public Layer<BITS> {
     }
   }
 
-  void blocked(int64_t tile, int64_t first, int rows, float* c, std::vector<int32_t>& unpacked) const {
+  void blocked(int64_t tile, int64_t first, int rows, float* c, int32_t* unpacked) const {
     alignas(64) float scale[TILE], shift[TILE];
     int pieces = (rows + MR - 1) / MR, height = rows / pieces, higher = rows % pieces;  // register tiles
     for (Block block : blocks_) {
-      unpacked.resize(std::max<size_t>(unpacked.size(), block.lanes() * TILE));
       const int32_t* ahead = words(tile, block.end);
-      apart_ ? dequantise(tile, block, unpacked.data()) : unpack(tile, block, unpacked.data());
+      apart_ ? dequantise(tile, block, unpacked) : unpack(tile, block, unpacked);
       for (int64_t from = block.begin, to; from < block.end; from = to) {
         int64_t group = from / group_;
         to = std::min(block.end, (group + 1) * group_);
@@ -196,7 +197,7 @@ class Product : public Layer<BITS> {
           std::fill(scale, scale + TILE, 1.0f);
         else
           factors(tile, group, scale, shift);
-        Part part{unpacked.data() + (from - block.begin) * STEPS * TILE, lanes(first, block) + (from - block.begin) * STEPS,
+        Part part{unpacked + (from - block.begin) * STEPS * TILE, lanes(first, block) + (from - block.begin) * STEPS,
                   block.lanes(), (to - from) * STEPS, first, group, scale,
                   spans_ && from % group_ == 0 ? shift : nullptr, ahead};
         for (int at = 0; at < TILE; at += SUB)
@@ -272,6 +273,7 @@ class Product : public Layer<BITS> {
   std::unique_ptr<int32_t[]> x_;  // [blocks, m, lanes of a block]
   std::vector<float> sums_;  // [m, spans]
   std::vector<Block> blocks_;
+  int64_t most_ = 0;  // lanes of a block
 };
 
 }  // namespace

@@ -11,7 +11,7 @@
 #include "amx_tiles.h"
 #include "fetch.h"
 #include "layer.h"
-#include "room.h"
+#include "../room.h"
 #include "step.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)

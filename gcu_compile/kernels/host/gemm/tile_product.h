@@ -10,7 +10,7 @@
 
 #include "amx_tiles.h"
 #include "layer.h"
-#include "room.h"
+#include "../room.h"
 #include "step.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
