@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import gcu_compile.kernels.attention  # noqa: F401  (defines torch.ops.gcu.*)
+from gcu_compile.kernels.attention.layer import Layer
 from gcu_compile.kernels.host import pages
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
@@ -135,6 +136,7 @@ def writes(tokens: int) -> dict:
     isa = _get_attn_isa(torch.bfloat16, BLOCK, DIM)
     theirs = [torch.zeros(shape).bfloat16() for _ in range(2)]
     fused = torch.ops.gcu.rope_and_cache
+    layer = Layer(torch.bfloat16, HEADS, k_cache, v_cache, scale=DIM**-0.5)  # as our backend in vLLM has them
 
     def vllm():
         q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1)
@@ -143,7 +145,8 @@ def writes(tokens: int) -> dict:
         ops.cpu_attn_reshape_and_cache(k, v, *theirs, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
 
     return {
-        "ours": lambda: fused(qkv, cos_sin, positions, slots, k_cache, v_cache),
+        "ours, a layer of vLLM's": lambda: layer.rotate_and_write(qkv, cos_sin, positions, slots),
+        "ours, the operation": lambda: fused(qkv, cos_sin, positions, slots, k_cache, v_cache),
         "ours, int8 per token and head": lambda: fused(qkv, cos_sin, positions, slots, *int8, **scales),
         "vLLM's rotary, then its write": vllm,
     }

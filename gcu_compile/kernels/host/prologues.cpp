@@ -37,8 +37,8 @@ inline char* row_at(const void* p, int64_t r, int64_t stride) {
   return p ? static_cast<char*>(const_cast<void*>(p)) + r * stride * size_of(DTYPE) : nullptr;
 }
 
-// Rows that are read step by step, fetched AHEAD of that: the CPU's own prefetcher falls behind where a step is long, and
-// stops at the end of a page.
+// Rows that are read step by step, fetched AHEAD of that: the CPU's own prefetcher falls behind where a step is long (a
+// gate's, not a norm's), and stops at the end of a page.
 constexpr int64_t AHEAD = 4096;  // bytes
 
 template <int32_t DTYPE>
@@ -59,6 +59,31 @@ class ReadAhead {
   const char* row_;
   int64_t size_, next_;
 };
+
+// Sums of more rows than this are not in a cache any more when the next norm wants them, many products later.
+constexpr int64_t PAST_CACHES = int64_t(1) << 20;  // bytes
+
+// PAIR numbers to whole cache lines, which are not read first, nor take the place of others.
+template <int32_t DTYPE>
+inline void write_past(Two<vf> x, char* p) {
+  alignas(64) char lines[PAIR * size_of(DTYPE)];
+  write_pair<DTYPE>(x, lines);
+  for (size_t at = 0; at < sizeof lines; at += sizeof(vf)) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + at), _mm512_load_si512(lines + at));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + at), _mm256_load_si256(reinterpret_cast<__m256i*>(lines + at)));
+#else
+    std::memcpy(p + at, lines + at, sizeof(vf));
+#endif
+  }
+}
+
+inline void written_past() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 inline Two<vf> kept(const float* row) { return {load<vf>(row), load<vf>(row + LANES)}; }
 
@@ -131,17 +156,19 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   char* total = row_at<DTYPE>(in.residual_out, r, size);
+  const bool past = in.rows * size * size_of(DTYPE) > PAST_CACHES && reinterpret_cast<uintptr_t>(total) % 64 == 0;
   Two<vf> squares = {};
   Two<vi> most = {};
-  const ReadAhead<DTYPE> hidden(x, size, in.x_stride), residual(other, size, in.other_stride);
   for (int64_t at = 0; at < size; at += PAIR) {
-    hidden.template fetch<PAIR>(at);
     Two<vf> s = read<DTYPE>(x, at, size), w = read_pair<W>(weight.values + at * size_of(W));
     if (other) {
-      residual.template fetch<PAIR>(at);
       Two<vf> more = read<DTYPE>(other, at, size);
       s = {s.a + more.a, s.b + more.b};
-      writing<size_of(DTYPE)>(total + at * size_of(DTYPE), size - at, [&](char* p) { write_pair<DTYPE>(s, p); });
+      char* to = total + at * size_of(DTYPE);
+      if (past && size - at >= PAIR)
+        write_past<DTYPE>(s, to);
+      else
+        writing<size_of(DTYPE)>(to, size - at, [&](char* p) { write_pair<DTYPE>(s, p); });
     }
     squares = {fma(s.a, s.a, squares.a), fma(s.b, s.b, squares.b)};
     Two<vf> y = {s.a * w.a, s.b * w.b};
@@ -259,6 +286,7 @@ void run(const Arguments& in) {
       Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.get()) : gated<DTYPE>(in, r, row.get());
       quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r]);
     }
+    written_past();
   }
 }
 

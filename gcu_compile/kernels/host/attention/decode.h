@@ -35,12 +35,17 @@ template <bool BYTES, bool WHOLE>
   return BF16::pairs<BYTES>(row, from, WHOLE ? ~0u : in);
 }
 
-// The products of R rows with 32 numbers of one key, to its sums: every 16 / R-th from `sum` on.
 template <int R, bool BYTES, bool WHOLE>
-[[gnu::always_inline]] inline void add_products(__m512* sum, const uint16_t* q, int64_t ldq, const Row& key, int64_t d, __mmask32 in) {
-  __m512bh x = (__m512bh)numbers_of<BYTES, WHOLE>(key, d, in);
+[[gnu::always_inline]] inline void add_products(__m512 (&sum)[16], const uint16_t* q, int64_t ldq, const Row (&keys)[16 / R], int64_t d, __mmask32 in) {
+  __m512bh row[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sum[r * (16 / R)] = _mm512_dpbf16_ps(sum[r * (16 / R)], (__m512bh)_mm512_loadu_si512(q + r * ldq + d), x);
+  for (int r = 0; r < R; ++r) row[r] = (__m512bh)_mm512_loadu_si512(q + r * ldq + d);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16 / R; ++k) {
+    __m512bh x = (__m512bh)numbers_of<BYTES, WHOLE>(keys[k], d, in);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r * (16 / R) + k] = _mm512_dpbf16_ps(sum[r * (16 / R) + k], row[r], x);
+  }
 }
 
 template <int R, bool BYTES>
@@ -55,11 +60,8 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
     __m512 sum[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) {  // key by key: in the order in which they lie the CPU fetches them best
-      for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum + k, q, ldq, at[k], d, ~0u);
-      if (whole < dim) add_products<R, BYTES, false>(sum + k, q, ldq, at[k], whole, BF16::first(dim - whole));
-    }
+    for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
+    if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
     alignas(64) float values[16];
     _mm512_store_ps(values, sums(sum));
     for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);

@@ -133,8 +133,8 @@ class Fetched {
 };
 
 // How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
-// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 40 KB
-// into the second, and 8 KB from there: the first takes too few lines at a time from memory, whose time and that of
+// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 24 KB
+// into the second, and 4 KB from there: the first takes too few lines at a time from memory, whose time and that of
 // arithmetic would add up.
 constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;
 #ifdef __AMX_TILE__
@@ -152,9 +152,9 @@ class Coming {
   static void begin(const Keys& keys, int64_t bytes) { Far::begin(keys, bytes); }
 
  private:
-  using Far = Fetched<40960, SECOND_CACHE>;
+  using Far = Fetched<24576, SECOND_CACHE>;
   Far far_;
-  Fetched<8192, FIRST_CACHE> near_;
+  Fetched<4096, FIRST_CACHE> near_;
 };
 #endif
 
