@@ -1,9 +1,9 @@
 """Room for the frames of a step's Python calls, in one piece.
 
-CPython (3.11 to 3.14) keeps the frames of Python calls in chunks of 16 KiB. A call that does not fit into the chunk maps
-a new one, and its return unmaps it: a few us, and with more threads an interrupt of every core that runs one. A loop
-that happens to stand at a chunk's end pays that at each call; a model's step of a thousand calls does, or does not,
-as deep as the server's own calls and the user's program are. Measured: a step of 15 ms spent 4 of them there.
+CPython, from 3.11 on, keeps the frames of Python calls in chunks of 16 KiB. A call that does not fit into the chunk
+maps a new one, and its return unmaps it: a few us, and with more threads an interrupt of every core that runs one. A
+loop that happens to stand at a chunk's end pays that at each call; a model's step of a thousand calls does, or does
+not, as deep as the server's own calls and the user's program are. Measured: a step of 15 ms spent 4 of them there.
 
 A frame that does not fit gets a chunk of twice the size, or four times, and so on, and what that frame leaves is there
 for those it calls. So a step is called from one frame of a little more than half a chunk.

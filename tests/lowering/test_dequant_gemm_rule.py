@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowered import lowered
 
 from gcu_compile import backend
 from gcu_compile.kernels import registry
@@ -181,6 +182,39 @@ def test_through_inductor_the_kernel_runs_on_weights_repacked_once():
     before = registry.calls["dequant_gemm", "host_cpp"]
     fused(fn, *args, inductor=True)
     assert registry.calls["dequant_gemm", "host_cpp"] > before
+
+
+@pytest.mark.parametrize("zeros", [torch.int8, torch.uint8, torch.int16, torch.bfloat16, None])
+@pytest.mark.parametrize("scales", FLOATS)
+def test_scales_and_zeros_reach_the_operation_as_they_lie(scales, zeros):
+    """What widens them in the graph would make other tensors of them at every step."""
+    d = data()
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
+
+    def fn(x, packed, scales, *zeros):
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(N, K).float()
+        zero = zeros[0].float().repeat_interleave(K // G, 0).T if zeros else 8
+        return x @ ((codes - zero) * scales.float().repeat_interleave(K // G, 0).T).T
+
+    given = [] if zeros is None else [d["zeros"].to(zeros)]
+    gm, report = lowered(fn, d["x"], packed, d["scales"].to(scales), *given)
+    assert [match.status for match in report.matches if match.rule == "dequant_gemm"] == ["fused"]
+    (call,) = [node for node in gm.graph.nodes if node.target == torch.ops.gcu.dequant_gemm.default]
+    assert all(one.op == "placeholder" for one in call.all_input_nodes)
+
+
+def test_a_cast_that_rounds_scales_stays():
+    d = data()
+    packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
+
+    def fn(x, packed, scales):
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(N, K).float()
+        return x @ ((codes - 8) * scales.bfloat16().float().repeat_interleave(K // G, 0).T).T
+
+    gm, _ = lowered(fn, d["x"], packed, d["scales"])
+    (call,) = [node for node in gm.graph.nodes if node.target == torch.ops.gcu.dequant_gemm.default]
+    assert call.args[2].op == "call_function" and call.args[2].meta["val"].dtype == torch.bfloat16
+    fused(fn, d["x"], packed, d["scales"])
 
 
 def test_layers_of_one_structure_are_probed_once(monkeypatch):

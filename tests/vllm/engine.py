@@ -74,6 +74,13 @@ def sampler_fallbacks(worker) -> dict:
     return dict(getattr(worker.model_runner.sampler, "fallbacks", {}))
 
 
+def kernel_calls(worker) -> dict[str, int]:
+    """How often which implementation of an operation ran, `linear/host_cpp` and so on."""
+    from gcu_compile.kernels import registry
+
+    return {"/".join(key): count for key, count in registry.calls.items()}
+
+
 def logprobs_of(output) -> list[float]:
     """Log-probabilities of the prompt's own tokens, from the second on; empty where they were not asked for."""
     pairs = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
@@ -121,6 +128,7 @@ def main(request_file: str, reply_file: str) -> None:
             found = llm.beam_search(prompts, BeamSearchParams(**request["beams"]))
             reply["beams"] = [[[beam.tokens, beam.cum_logprob] for beam in output.sequences] for output in found]
         reply["fallbacks"] = llm.collective_rpc(sampler_fallbacks)
+        reply["calls"] = llm.collective_rpc(kernel_calls)
     Path(reply_file).write_text(json.dumps(reply))
 
 

@@ -69,13 +69,13 @@ Multiply of_rows(int rows, std::integer_sequence<int, M...>) {
 }
 
 // Pairs of inputs of `rows` rows, the rows of a pair side by side.
-void lay_out(const Arguments& in, int64_t first, int rows, int64_t pairs, int32_t* to) {
-  const auto* x = static_cast<const uint16_t*>(in.x) + first * in.stride;
-  for (int r = 0; r < rows; ++r) {
-    const uint16_t* row = x + r * in.stride;
-    for (int64_t p = 0; p < in.k / 2; ++p) std::memcpy(to + p * rows + r, row + 2 * p, 4);
-    if (in.k % 2) to[(pairs - 1) * rows + r] = row[in.k - 1];
-  }
+void lay_out(const Arguments& in, int64_t first, int rows, int32_t* to) {
+  const uint16_t* x[ROWS];
+  for (int r = 0; r < rows; ++r) x[r] = static_cast<const uint16_t*>(in.x) + (first + r) * in.stride;
+  for (int64_t k = 0; k + 1 < in.k; k += 2)
+    for (int r = 0; r < rows; ++r) *to++ = load<int32_t>(x[r] + k);
+  if (in.k % 2)
+    for (int r = 0; r < rows; ++r) *to++ = x[r][in.k - 1];
 }
 
 }  // namespace
@@ -92,7 +92,7 @@ extern "C" void gcu_linear(const Arguments* arguments) {
 #pragma omp parallel num_threads(in.threads) if (in.threads > 1 && in.m * in.n * in.k > WAKE)
   {
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), pairs, laid_out + begin(g) * pairs);
+    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), laid_out + begin(g) * pairs);
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips; ++s) {
       const int64_t first = s * STRIP;

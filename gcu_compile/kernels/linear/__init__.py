@@ -21,7 +21,7 @@ is_fastest = host.is_fastest
 def check(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None = None) -> None:
     """Raise `InvalidInputError` for arguments that have no meaning."""
     if not x.is_floating_point() or weight.dtype != x.dtype:
-        raise InvalidInputError(f"gcu::linear: x is {x.dtype}, weight {weight.dtype}; expected one floating-point dtype")
+        raise InvalidInputError(f"gcu::linear: x is {x.dtype}, weight {weight.dtype}; expected the same floats")
     if x.dim() == 0:
         raise InvalidInputError("gcu::linear: x is a single number, expected [..., K]")
     expected = [-(-n // STRIP), -(-x.shape[-1] // 2), STRIP, 2]

@@ -1,6 +1,6 @@
 """The meaning of a product with a packed weight of bfloat16, in plain torch, and the packing.
 
-    packed[s, p, i, j] = weight[STRIP * s + i, 2 * p + j]        zeros where there is no such output or input
+packed[s, p, i, j] = weight[STRIP * s + i, 2 * p + j]        zeros where there is no such output or input
 """
 
 from __future__ import annotations

@@ -92,6 +92,14 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
     check_silu(host.silu_mul_quant, randn(7, 266, dtype=dtype))
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [2048, 2051])  # the second's rows start within cache lines, but for a few
+def test_sums_that_are_written_past_the_caches(isa, dtype, size, monkeypatch):
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    check_norm(host.rms_norm_quant, norm_arguments(300, size, dtype, True))
+
+
 def test_extreme_gates_and_rows_of_zeros():
     x = torch.zeros(4, 40)
     x[0, :20] = torch.linspace(-200, 200, 20)
