@@ -290,7 +290,7 @@ def _equal(matrix, weight: Weight, index: list[torch.fx.Node]) -> bool:
 
 
 def placed(source, operand: Operand, n: int, offset: int, call):
-    """`source` (plus `offset`) as the operation wants it, [G, N] or [1, N], by calls of aten operations; or as it is."""
+    """`source` (plus `offset`) as the operation wants it, [G, N] or [1, N], by aten operations; or as it is."""
     for dtype in operand.casts:
         source = call(prims.convert_element_type.default, source, dtype)
     if offset:
