@@ -68,6 +68,8 @@ class Keyed:
         return f"{self.given.compute_hash()}-{self.key}"
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy of this is no copy of what was given
+            raise AttributeError(name)
         return getattr(object.__getattribute__(self, "given"), name)
 
 

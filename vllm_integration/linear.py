@@ -8,22 +8,41 @@ import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels import direct
-from gcu_compile.kernels.host import pages
+from gcu_compile.kernels.host import build, pages
 from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.kernels.linear import is_fastest, pack
 from gcu_compile.options import resolve
 from vllm_integration import vllm_private
+from vllm_integration.behaviours import log
 
 LEAST_OUTPUTS = 64  # fewer are a router's or the like: most of a strip would be nothing
 
 
 def install() -> None:
-    """Let option `linear` decide who multiplies, in layers that are loaded from now on."""
+    """Let `prepare` see every layer that is loaded from now on."""
+    if resolve().linear != "vllm":
+        load_ahead("linear")  # while Python imports a model
+    vllm_private.replace_linear(prepare)
+
+
+def are_ours() -> bool:
+    """Whether unquantised layers are ours, by option `linear` and what can be built here."""
     said = resolve().linear
-    if said == "gcu" or (said == "auto" and is_fastest()):
-        load_ahead("linear")
-        vllm_private.replace_linear(prepare)
+    if said == "vllm":
+        return False
+    try:
+        if said == "auto" and not is_fastest():
+            return False
+        build.load("linear")
+    except KernelBuildError as error:
+        _warn(f"Unquantised layers are vLLM's, though option linear is {said!r}: {error}")
+        return False
+    return True
+
+
+_warn = functools.cache(log.warning)  # each once
 
 
 def prepare(layer: torch.nn.Module, remove_weight: bool) -> bool:
@@ -33,6 +52,8 @@ def prepare(layer: torch.nn.Module, remove_weight: bool) -> bool:
         remove_weight: nothing but the product reads `layer.weight`, which then becomes the packed one.
     """
     weight = layer.weight
+    if not are_ours():
+        return False
     if weight.is_meta or weight.dim() != 2 or weight.dtype != torch.bfloat16 or len(weight) < LEAST_OUTPUTS:
         return False
     if remove_weight:
@@ -41,7 +62,13 @@ def prepare(layer: torch.nn.Module, remove_weight: bool) -> bool:
     elif isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
         # Most are looked up in, and never multiplied with: packed when they are.
         packed = functools.cache(lambda: placed(layer.weight))
-        layer.cpu_linear = lambda x, weight, bias: multiply(len(weight), x, packed(), bias)
+
+        def when_multiplied(x, weight, bias):
+            if torch.compiler.is_compiling():  # a trace would pack it at each step
+                return torch.nn.functional.linear(x, weight, bias)
+            return multiply(len(weight), x, packed(), bias)
+
+        layer.cpu_linear = when_multiplied
     else:
         packed = placed(weight)
         layer.cpu_linear = lambda x, weight, bias: multiply(len(weight), x, packed, bias)

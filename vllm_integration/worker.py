@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from gcu_compile.cache.key import cache_key
 from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.options import resolve
 from vllm_integration import cores, linear, vllm_private
 from vllm_integration.behaviours import log
+from vllm_integration.compilation import keyed
 from vllm_integration.frames import with_room
 from vllm_integration.lazy_memory import LazyZeros
 from vllm_integration.rejection_sampler import GcuRejectionSampler
@@ -43,6 +45,12 @@ class GcuHostWorker(CPUWorker):
         )
         if hasattr(runner, "rejection_sampler"):  # speculative decoding
             runner.rejection_sampler = GcuRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
+
+    def load_model(self, *args, **kwargs) -> None:
+        # What option `linear` came to on this machine is part of every graph.
+        key = f"{cache_key(resolve(), 'host')}-linear-{linear.are_ours()}"
+        self.vllm_config.additional_config = keyed(self.vllm_config.additional_config, key)
+        super().load_model(*args, **kwargs)
 
     def determine_available_memory(self) -> int:
         """With the cache's size given, the first run has nothing to measure: it only compiles, and a short one does."""

@@ -1,5 +1,7 @@
 """`gcu::linear`: packing and unpacking, and products against float64 on odd shapes and every instruction set."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,9 +70,16 @@ def test_every_instruction_set_and_group_of_rows(isa, m, monkeypatch):
     check(host.run, randn(m, 67), randn(70, 67, seed=1), randn(70, seed=2))
 
 
-def test_a_large_layer_in_threads():
-    check(host.run, randn(3, 1536), randn(1111, 1536, seed=1))
-    check(host.run, randn(130, 1536), randn(1111, 1536, seed=1))
+@pytest.mark.parametrize(("m", "n"), [(3, 1111), (130, 1111), (700, 40), (61, 32)])  # many strips, many parts, one
+def test_a_large_layer_in_threads(m, n):
+    check(host.run, randn(m, 1536), randn(n, 1536, seed=1))
+
+
+def test_threads_of_python_do_not_share_what_is_laid_out():
+    layers = [(randn(m, 300, seed=m), randn(200, 300, seed=m + 1)) for m in (2, 13, 40, 90)]
+    with ThreadPoolExecutor(4) as pool:
+        for one in [pool.submit(check, host.run, *layers[i % 4]) for i in range(60)]:
+            one.result()
 
 
 @pytest.mark.parametrize("isa", HERE)
@@ -97,6 +106,9 @@ def test_leading_dimensions_strides_and_no_rows():
     check(direct.linear, randn(5, 96)[:, 20:68], weight)
     check(host.run, randn(1, 48).expand(4, 48), weight)
     assert host.run(randn(0, 48), pack(weight), 70).shape == (0, 70)
+    check(host.run, randn(3, 0), randn(70, 0), randn(70))
+    check(host.run, randn(0), randn(70, 0), randn(70))
+    check(host.run, randn(3, 48), randn(0, 48))
 
 
 def test_what_the_kernel_does_not_take_is_said_and_the_meaning_runs():
@@ -113,9 +125,13 @@ def test_the_short_way_leaves_what_it_would_have_to_look_at():
     assert host.direct(x, packed, 50) is not None
     for arguments in ((x.T, packed, 50), (x[None], packed, 50), (x.float(), packed, 50), (x[:, :30], packed, 50),
                       (x, packed, 20), (x, packed, 90), (x, packed, 50, randn(49)),
-                      (x, packed.transpose(0, 1), 50), (torch._neg_view(x), packed, 50)):  # fmt: skip
+                      (x, packed.transpose(0, 1), 50), (x, packed[:, :, :1, :1].contiguous(), 50), (x, packed, -1),
+                      (x, packed[:0], 50), (torch._neg_view(x), packed, 50), (x, torch._neg_view(packed), 50),
+                      (x, packed, 50, torch._neg_view(randn(50)))):  # fmt: skip
         assert host.direct(*arguments) is None
     check(direct.linear, torch._neg_view(x), weight)
+    check(direct.linear, x, weight, torch._neg_view(randn(50, seed=2)))
+    check(lambda x, packed, n, _: -direct.linear(x, torch._neg_view(packed), n), x, weight)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +144,7 @@ def test_the_short_way_leaves_what_it_would_have_to_look_at():
         ((randn(2, 40).int(), pack(randn(50, 40)), 50), "the same floats"),
         ((randn(2, 40), pack(randn(50, 40)), 50, randn(51)), "bias is \\[51\\]"),
         ((randn(2, 40), pack(randn(50, 40)), -1), "-1 outputs"),
+        ((randn(2, 40), torch.zeros(2, 20, 1, 1, dtype=BF16), 50), "expected \\[2, 20, 32, 2\\]"),
         ((torch.ones((), dtype=BF16), pack(randn(50, 40)), 50), "a single number"),
     ],
 )

@@ -184,10 +184,8 @@ def test_through_inductor_the_kernel_runs_on_weights_repacked_once():
     assert registry.calls["dequant_gemm", "host_cpp"] > before
 
 
-@pytest.mark.parametrize("zeros", [torch.int8, torch.uint8, torch.int16, torch.bfloat16, None])
-@pytest.mark.parametrize("scales", FLOATS)
-def test_scales_and_zeros_reach_the_operation_as_they_lie(scales, zeros):
-    """What widens them in the graph would make other tensors of them at every step."""
+def widened(scales, zeros):
+    """(graph, report) of scales and zeros of other dtypes, widened to float32 for the arithmetic."""
     d = data()
     packed = layouts.pack(d["codes"], layouts.get("int4_rows"))
 
@@ -197,10 +195,29 @@ def test_scales_and_zeros_reach_the_operation_as_they_lie(scales, zeros):
         return x @ ((codes - zero) * scales.float().repeat_interleave(K // G, 0).T).T
 
     given = [] if zeros is None else [d["zeros"].to(zeros)]
-    gm, report = lowered(fn, d["x"], packed, d["scales"].to(scales), *given)
+    return lowered(fn, d["x"], packed, d["scales"].to(scales), *given)
+
+
+@pytest.mark.parametrize("zeros", [torch.int8, torch.uint8, torch.int16, torch.bfloat16, None])
+@pytest.mark.parametrize("scales", FLOATS)
+def test_scales_and_zeros_reach_the_operation_as_they_lie(scales, zeros):
+    """What widens them in the graph would make other tensors of them at every step."""
+    gm, report = widened(scales, zeros)
     assert [match.status for match in report.matches if match.rule == "dequant_gemm"] == ["fused"]
     (call,) = [node for node in gm.graph.nodes if node.target == torch.ops.gcu.dequant_gemm.default]
     assert all(one.op == "placeholder" for one in call.all_input_nodes)
+
+
+@pytest.mark.parametrize(
+    ("scales", "zeros"),
+    [(torch.float8_e4m3fn, None), (torch.float32, torch.float8_e4m3fn), (torch.float32, torch.bool),
+     (torch.float32, torch.uint16)],
+)  # fmt: skip
+def test_what_the_operation_does_not_read_is_widened_for_it(scales, zeros):
+    gm, report = widened(scales, zeros)
+    assert [match.status for match in report.matches if match.rule == "dequant_gemm"] == ["fused"]
+    (call,) = [node for node in gm.graph.nodes if node.target == torch.ops.gcu.dequant_gemm.default]
+    assert call.args[2 if zeros is None else 3].meta["val"].dtype == torch.float32
 
 
 def test_a_cast_that_rounds_scales_stays():

@@ -82,18 +82,53 @@ def test_a_head_keeps_its_rows_and_an_embedding_is_packed_when_it_is_multiplied_
 
 
 @pytest.mark.parametrize(
-    ("said", "fastest", "taken"),
-    [("auto", True, 1), ("auto", False, 0), ("gcu", False, 1), ("vllm", True, 0)],
+    ("said", "fastest", "ours"),
+    [("auto", True, True), ("auto", False, False), ("gcu", False, True), ("vllm", True, False)],
 )
-def test_the_option_decides(said, fastest, taken, monkeypatch):
-    from vllm_integration import linear, vllm_private
+def test_the_option_decides_at_each_layer(installed, said, fastest, ours, monkeypatch):
+    from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    installed = []
-    monkeypatch.setattr(vllm_private, "replace_linear", installed.append)
+    from vllm_integration import linear
+
     monkeypatch.setattr(linear, "is_fastest", lambda: fastest)
-    monkeypatch.setenv("GCU_COMPILE_LINEAR", said)
-    linear.install()
-    assert installed == [linear.prepare] * taken
+    monkeypatch.setenv("GCU_COMPILE_LINEAR", said)  # which was `gcu` when vLLM's choice was replaced
+    with layers.shard():
+        layer = layers.ready(ReplicatedLinear(K, N, bias=False, params_dtype=torch.bfloat16))
+    assert (layer.weight.dim() == 4) is ours
+
+
+@pytest.mark.parametrize("trouble", ["no compiler", "no such instruction set"])
+def test_a_kernel_that_cannot_be_built_leaves_layers_to_vllm_and_says_so_once(trouble, monkeypatch, caplog, tmp_path):
+    from vllm_integration import linear
+
+    linear._warn.cache_clear()
+    monkeypatch.setattr(linear.log, "propagate", True)
+    monkeypatch.setenv("GCU_COMPILE_LINEAR", "gcu")
+    if trouble == "no compiler":
+        monkeypatch.setenv("CXX", "/bin/false")
+        monkeypatch.setenv("GCU_COMPILE_CACHE_DIR", str(tmp_path))
+    else:
+        monkeypatch.setattr("gcu_compile.kernels.host.build.available", lambda: ("portable",))
+        monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "amx")
+    assert not linear.are_ours() and not linear.are_ours()
+    assert caplog.text.count("Unquantised layers are vLLM's, though option linear is 'gcu'") == 1
+
+
+def test_what_the_option_came_to_is_part_of_every_graph(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from vllm_integration import worker
+
+    keys = []
+    monkeypatch.setattr(CPUWorker, "load_model", lambda self: keys.append(self.vllm_config.additional_config))
+    for ours in (True, False):
+        monkeypatch.setattr(worker.linear, "are_ours", lambda ours=ours: ours)
+        one = object.__new__(worker.GcuHostWorker)
+        one.vllm_config = SimpleNamespace(additional_config={"a": 1})
+        one.load_model()
+    assert keys[0] != keys[1] and all(key["a"] == 1 for key in keys)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "pairs.h"
+#include "room.h"
 #include "simd.h"
 
 // Field order is that of `FIELDS` in host/linear.py.
@@ -25,6 +25,7 @@ namespace {
 constexpr int STRIP = 32, VECTORS = STRIP / LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 2;  // whose sums fill the registers, with the weight's and one of x
 constexpr int64_t NEAR = 1024, FAR = 16384;  // bytes that are fetched before their turn, into the first and second cache
+constexpr int64_t GROUPS = 40;               // of rows, whose inputs are some MB
 constexpr int64_t WAKE = 100000;             // fewer products take less time than waking other threads
 
 vf add(vf sum, const char* weight, int32_t pair) {
@@ -84,25 +85,26 @@ extern "C" void gcu_linear(const Arguments* arguments) {
   const Arguments& in = *arguments;
   if (!in.m) return;
   const int64_t pairs = (in.k + 1) / 2, strips = (in.n + STRIP - 1) / STRIP, groups = (in.m + ROWS - 1) / ROWS;
-  // Groups of equal size, or of one row less.
+  // Groups of equal size, or of one row less; parts of them whose inputs stay in a cache while strips go by, and more
+  // where there would be too few strips for the threads.
+  const int64_t wanted = strips ? (2 * in.threads + strips - 1) / strips : 1;
+  const int64_t parts = std::max((groups + GROUPS - 1) / GROUPS, std::min(groups, wanted));
   auto begin = [&](int64_t group) { return group * in.m / groups; };
-  static thread_local std::vector<int32_t> kept;
-  if (int64_t(kept.size()) < in.m * pairs) kept.resize(in.m * pairs);
-  int32_t* laid_out = kept.data();
+  Room<int32_t> laid_out(in.m * pairs);
 #pragma omp parallel num_threads(in.threads) if (in.threads > 1 && in.m * in.n * in.k > WAKE)
   {
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), laid_out + begin(g) * pairs);
+    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), laid_out.get() + begin(g) * pairs);
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t first = s * STRIP;
+    for (int64_t task = 0; task < parts * strips; ++task) {
+      const int64_t part = task / strips, s = task % strips, first = s * STRIP;
       const int columns = int(std::min<int64_t>(STRIP, in.n - first));
       float bias[STRIP] = {}, sums[ROWS][STRIP];
       if (in.bias) to_floats(in.bias, in.bias_dtype, first, columns, bias);
-      for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t g = part * groups / parts; g < (part + 1) * groups / parts; ++g) {
         const int rows = int(begin(g + 1) - begin(g));
         of_rows(rows, std::make_integer_sequence<int, ROWS>{})(
-            laid_out + begin(g) * pairs, static_cast<const char*>(in.weight) + s * pairs * 4 * STRIP, pairs, sums);
+            laid_out.get() + begin(g) * pairs, static_cast<const char*>(in.weight) + s * pairs * 4 * STRIP, pairs, sums);
         for (int r = 0; r < rows; ++r) {
           for (int c = 0; c < columns; ++c) sums[r][c] += bias[c];
           from_floats(sums[r], columns, in.y, BF16, (begin(g) + r) * in.n + first);

@@ -37,7 +37,7 @@ class Room {
       size = used = all = 0;
     }
     char* take(size_t bytes) {
-      if (used + bytes > size) add(bytes);
+      if (chunks.empty() || used + bytes > size) add(bytes);
       ++rooms;
       return chunks.back() + std::exchange(used, used + bytes);
     }

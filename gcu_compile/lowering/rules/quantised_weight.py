@@ -22,6 +22,8 @@ from gcu_compile.torch_private import without_modes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 INTEGERS = (torch.int8, torch.uint8, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+READ = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32)  # scales and zeros, by the operation
 KEPT_STRUCTURES = 4096  # of pieces that were probed before
 _known: dict[str, tuple | Refusal] = {}
 
@@ -247,8 +249,8 @@ def _rounding(dtype: torch.dtype, casts: Iterable[torch.dtype], integers: bool) 
 
 
 def _holds_all(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every number of `narrow` is one of the floating-point dtype `wide`."""
-    if not wide.is_floating_point:
+    """Whether every number of `narrow`, a dtype that the operation reads, is one of the floating-point dtype `wide`."""
+    if not wide.is_floating_point or narrow not in READ:
         return False
     if narrow.is_floating_point:
         return torch.promote_types(wide, narrow) == wide

@@ -1,5 +1,7 @@
 """Norm or activation with quantisation: codes and scales against float64, on every instruction set and in Triton."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,15 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 def test_sums_that_are_written_past_the_caches(isa, dtype, size, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
     check_norm(host.rms_norm_quant, norm_arguments(300, size, dtype, True))
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_a_gate_is_the_first_call_of_a_thread(isa, monkeypatch):
+    """Each thread has memory of its own for the rows that it keeps, and a gate has no weight that wants some."""
+    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(check_silu, host.silu_mul_quant, randn(7, 266)).result()
 
 
 def test_extreme_gates_and_rows_of_zeros():
