@@ -2,9 +2,9 @@
 
     python benchmarks/dequant_gemm.py [--only w4a16|w8a16|w8a8] [--rows 1 32 512] [--cpu-time] [--json FILE]
 
-Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns, call by call, and the
-medians are compared. Ours are called as generated code and vLLM's layers call them, past torch's dispatcher
-(`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's bandwidth
+Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns in a random order, call by
+call, and the medians are compared. Ours are called as generated code and vLLM's layers call them, past torch's
+dispatcher (`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's bandwidth
 changes from second to second; the last column is the share of it.
 `--cpu-time` takes one thread and the time that it was running: for a machine that others use as well.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def plain_read():
 
 
 def turns(peers: dict, calls: int) -> dict[str, float]:
-    """Median milliseconds of each peer, called in turn with the number of the weight to use.
+    """Median milliseconds of each peer, in turns of random order, called with the number of the weight to use.
 
     Every weight is used once before: a layer's first call looks at its tensors, and a model makes it once.
     """
@@ -48,10 +49,12 @@ def turns(peers: dict, calls: int) -> dict[str, float]:
     for call in peers.values():
         for i in range(calls):
             call(i)
+    order = list(peers)
     for i in range(calls):
-        for name, call in peers.items():
+        random.shuffle(order)
+        for name in order:
             start = clock()
-            call(i)
+            peers[name](i)
             times[name].append(clock() - start)
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
@@ -186,6 +189,7 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.thread_time
     torch.manual_seed(0)
+    random.seed(0)
     torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     print("| format | M | kernel | ms | of ours | GB/s of weights | T(FL)OP/s | of a plain read |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -26,16 +27,18 @@ WRITTEN = ", inputs just written"
 
 
 def turns(peers: dict, before=lambda: None) -> dict[str, float]:
-    """Median milliseconds of each peer, called in turn; `before` each call, and not in its time."""
-    times = {name: [] for name in peers}
+    """Median milliseconds of each peer, in turns of random order, for whoever follows a stranger's pass over memory is
+    the slower; `before` each call, and not in its time."""
+    times, order = {name: [] for name in peers}, list(peers)
     for call in peers.values():
         call()
         call()
     for _ in range(CALLS):
-        for name, call in peers.items():
+        random.shuffle(order)
+        for name in order:
             before()
             start = time.perf_counter()
-            call()
+            peers[name]()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    random.seed(0)
     torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     results = []
     print("| what | tokens | kernel | ms | of ours |\n|---|--:|---|--:|--:|")

@@ -1,7 +1,8 @@
 """`gcu::linear`: a product with a weight of floats that was packed once.
 
-Decode reads every weight for one row or some. oneDNN, which vLLM's CPU build calls, reads its packed weights at half to
-two thirds of memory's speed then (`docs/benchmarks/`); ours lie in the order in which one row reads them.
+Decode reads every weight for one row or some. oneDNN, which vLLM's CPU build calls, reads its packed weights at 0.4 to
+0.6 of memory's speed then (`docs/benchmarks/2026-11-29-host-no-amx.md`); ours lie in the order in which one row reads
+them.
 """
 
 from __future__ import annotations
