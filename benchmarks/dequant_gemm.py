@@ -4,8 +4,8 @@
 
 Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns in a random order, call by
 call, and the medians are compared. Ours are called as generated code and vLLM's layers call them, past torch's
-dispatcher (`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's bandwidth
-changes from second to second; the last column is the share of it.
+dispatcher (`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's
+bandwidth changes from second to second; the last column is the share of it.
 `--cpu-time` takes one thread and the time that it was running: for a machine that others use as well.
 """
 
