@@ -93,8 +93,9 @@ def test_extreme_numbers(isa, monkeypatch):
     expected = x.float() @ weight.float().T
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf()) and found[0, :7].isfinite().all()
-    small = torch.full((1, 32), 2.0**-126).to(BF16)  # the least normal number; what is smaller may count as 0
+    small = torch.full((1, 32), 2.0**-126).to(BF16)
     assert host.run(small, pack(torch.ones(32, 32, dtype=BF16)), 32).eq(2.0**-121).all()
+    check(host.run, small / 8, torch.ones(32, 32, dtype=BF16), within=0)  # below the least normal number
 
 
 def test_leading_dimensions_strides_and_no_rows():
