@@ -85,3 +85,19 @@ def test_an_additional_configuration_that_is_no_dict_keeps_its_meaning():
     one, other = keyed(given, "a"), keyed(given, "b")
     assert one.depth == 3 and one.compute_hash() != other.compute_hash()
     assert keyed(one, "b").compute_hash() == other.compute_hash()
+
+
+def test_a_copy_of_an_additional_configuration_keeps_the_key():
+    import copy
+
+    from vllm_integration.compilation import keyed
+
+    class Given:
+        def compute_hash(self):
+            return "theirs"
+
+        def __deepcopy__(self, memo):
+            return Given()
+
+    one = keyed(Given(), "a")
+    assert copy.deepcopy(one).compute_hash() == one.compute_hash() != Given().compute_hash()
