@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -26,12 +27,13 @@ REPEATS = 7
 
 
 def medians(functions: dict) -> dict[str, float]:
-    """Milliseconds of each, interleaved."""
-    times = {name: [] for name in functions}
+    """Milliseconds of each, in turns of random order."""
+    times, order = {name: [] for name in functions}, list(functions)
     for round_ in range(REPEATS + 1):
-        for name, function in functions.items():
+        random.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            function()
+            functions[name]()
             if round_:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    random.seed(0)
     torch.cpu._init_amx()  # vLLM's kernels die without, where the CPU has it
     speed = bandwidth()
     print(f"read bandwidth {speed / 1e6:.1f} GB/s, {torch.get_num_threads()} threads")

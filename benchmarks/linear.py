@@ -2,8 +2,7 @@
 
     python benchmarks/linear.py [--layers NxK ...] [--rows 1 16 512] [--json FILE]
 
-Weights rotate over 256 MiB or more, so that no cache holds them. The peers take turns in a random order, call by call,
-and the medians are compared; a plain read of memory takes its turn as well. Called as vLLM's layers call them.
+Weights rotate and peers take turns as in `dequant_gemm.py`. Called as vLLM's layers call them.
 """
 
 from __future__ import annotations
@@ -11,17 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
-import time
 from pathlib import Path
 
 import torch
+from dequant_gemm import READ, ROTATED, of, plain_read, turns
 
 from gcu_compile.kernels import direct
 from gcu_compile.kernels.host import pages
 from gcu_compile.kernels.linear import pack
 
-ROTATED, READ = 256 << 20, 64 << 20
 LAYERS = ("3072x576", "576x1536", "4096x4096")  # SmolLM2's two largest, and one of 8 billion parameters
 CALLS = {1: 150, 16: 100, 512: 15}
 
@@ -30,29 +27,19 @@ def measure(n: int, k: int, rows: list[int]) -> list[dict]:
     """Of each number of rows, the medians in milliseconds."""
     from vllm import _custom_ops as ops
 
-    count = -(-ROTATED // (2 * n * k))
-    plain = [torch.randn(n, k).bfloat16() for _ in range(count)]
+    plain = [torch.randn(n, k).bfloat16() for _ in range(-(-ROTATED // (2 * n * k)))]
     ours = [pages.huge(pack(weight)) for weight in plain]
     theirs = [ops.create_onednn_mm(pages.huge(weight).t(), 32) for weight in plain]
-    buffer = pages.huge(torch.ones(512 // 64 * READ // 8, dtype=torch.int64)).view(-1, READ // 8)
     results = []
     for m in rows:
         x = torch.randn(m, k).bfloat16()
         torch.testing.assert_close(direct.linear(x, ours[0], n), ops.onednn_mm(theirs[0], x, None), rtol=2e-2, atol=0.5)
         peers = {
-            "ours": lambda i, x=x: direct.linear(x, ours[i % count], n),
-            "oneDNN": lambda i, x=x: ops.onednn_mm(theirs[i % count], x, None),
-            "read": lambda i: buffer[i % len(buffer)].sum(),
+            "ours": of(ours, lambda w, x=x: direct.linear(x, w, n)),
+            "oneDNN": of(theirs, lambda w, x=x: ops.onednn_mm(w, x, None)),
+            "read": plain_read(),
         }
-        times = {name: [] for name in peers}
-        order = list(peers)
-        for i in range(CALLS.get(m, 40)):
-            random.shuffle(order)
-            for name in order:
-                start = time.perf_counter()
-                peers[name](i)
-                times[name].append((time.perf_counter() - start) * 1e3)
-        found = {name: statistics.median(values) for name, values in times.items()}
+        found = turns(peers, CALLS.get(m, 40))
         share = (2 * n * k / found["ours"]) / (READ / found["read"])
         results.append({"n": n, "k": k, "rows": m, **found, "share_of_read": share})
         of_read = f"{share:.2f} of {READ / found['read'] / 1e6:.0f} GB/s" if m == 1 else ""

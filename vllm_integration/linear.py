@@ -11,7 +11,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels import direct
 from gcu_compile.kernels.host import build, pages
-from gcu_compile.kernels.host.build import load_ahead
 from gcu_compile.kernels.linear import is_fastest, pack
 from gcu_compile.options import resolve
 from vllm_integration import vllm_private
@@ -23,7 +22,7 @@ LEAST_OUTPUTS = 64  # fewer are a router's or the like: most of a strip would be
 def install() -> None:
     """Let `prepare` see every layer that is loaded from now on."""
     if resolve().linear != "vllm":
-        load_ahead("linear")  # while Python imports a model
+        build.load_ahead("linear")  # while Python imports a model
     vllm_private.replace_linear(prepare)
 
 

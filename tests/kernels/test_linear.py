@@ -96,6 +96,12 @@ def test_extreme_numbers(isa, monkeypatch):
     small = torch.full((1, 32), 2.0**-126).to(BF16)
     assert host.run(small, pack(torch.ones(32, 32, dtype=BF16)), 32).eq(2.0**-121).all()
     check(host.run, small / 8, torch.ones(32, 32, dtype=BF16), within=0)  # below the least normal number
+    below = torch.full((3, 40), 2.37e-38).to(BF16)  # whose products are; zeros and larger rows beside them
+    below[1] = 0
+    check(host.run, torch.cat([below, randn(2, 40)]), randn(50, 40, seed=1))
+    found = host.run(torch.cat([below, randn(2, 40)]), pack(randn(50, 40, seed=1)), 50)[:3]
+    expected = below.double() @ randn(50, 40, seed=1).double().T
+    torch.testing.assert_close(found.double(), expected, **tolerance(BF16, 40, expected.abs().max().item()))
 
 
 def test_leading_dimensions_strides_and_no_rows():

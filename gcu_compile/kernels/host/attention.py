@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host.fields import Fields
 
@@ -24,11 +23,7 @@ FIELDS = Fields(
 
 def unavailable() -> str | None:
     """Why the library cannot be had, or None."""
-    try:
-        build.load("attention")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("attention")
 
 
 def pointer(x: torch.Tensor | None) -> int:

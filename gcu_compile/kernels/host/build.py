@@ -96,6 +96,15 @@ def load(name: str) -> ctypes.CDLL:
     return _load_for(name, VARIABLES())
 
 
+def refusal(name: str) -> str | None:
+    """Why the library `name` cannot be had here, or None; it is loaded then."""
+    try:
+        load(name)
+    except KernelBuildError as error:
+        return str(error)
+    return None
+
+
 def load_ahead(*names: str) -> threading.Thread:
     """`load`s in a thread of their own, beside other work; one of these names that is needed sooner is waited for.
 

@@ -6,7 +6,6 @@ import struct
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check, layouts
 from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
@@ -31,11 +30,7 @@ def refuses(x, weight, scales, zeros=None, g_idx=None, bias=None, *, layout: str
     for name, tensor in (("scales", scales), ("bias", bias)):
         if tensor is not None and tensor.dtype not in FLOATS:
             return f"{name} are {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
-    try:
-        build.load("dequant_gemm")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("dequant_gemm")
 
 
 def whole(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:

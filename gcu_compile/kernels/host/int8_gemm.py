@@ -7,7 +7,6 @@ import struct
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.dequant_gemm import check
 from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dequant_gemm import between, once, rows_of, whole
@@ -36,11 +35,7 @@ class Quantize(ctypes.Structure):
 
 
 def _missing() -> str | None:
-    try:
-        build.load("int8_gemm")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("int8_gemm")
 
 
 def refuses(

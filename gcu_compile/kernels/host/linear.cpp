@@ -5,7 +5,6 @@
 // find it in the second cache. A group of up to ROWS rows has its sums in registers.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include "pairs.h"
@@ -28,18 +27,23 @@ constexpr int64_t NEAR = 1024, FAR = 16384;  // bytes that are fetched before th
 constexpr int64_t GROUPS = 40;               // of rows, whose inputs are some MB
 constexpr int64_t WAKE = 100000;             // fewer products take less time than waking other threads
 
+// To a dot product of pairs numbers and products below the least normal float are 0. Rows whose largest magnitude is below
+// this, as bfloat16, are multiplied in floats: what is lost of others is nothing beside their sums.
+constexpr int32_t SMALL = (127 - 60) << 7;  // 2^-60
+
+template <bool EXACT>
 vf add(vf sum, const char* weight, int32_t pair) {
 #if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(pair));
-#else
+  if constexpr (!EXACT)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(pair));
+#endif
   const Two<vf> w = read_pair<BF16>(weight);
   const uint32_t bits = uint32_t(pair);
   return fma(w.a, splat(std::bit_cast<float>(bits << 16)), fma(w.b, splat(std::bit_cast<float>(bits & 0xffff0000)), sum));
-#endif
 }
 
 // sums[r][i] of M rows that lie as `lay_out` has them, and one strip.
-template <int M>
+template <bool EXACT, int M>
 void multiply(const int32_t* x, const char* strip, int64_t pairs, float (*sums)[STRIP]) {
   vf sum[M][VECTORS];
 #pragma GCC unroll 12
@@ -54,7 +58,7 @@ void multiply(const int32_t* x, const char* strip, int64_t pairs, float (*sums)[
 #pragma GCC unroll 12
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = add(sum[r][v], strip + v * sizeof(vf), x[r]);
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = add<EXACT>(sum[r][v], strip + v * sizeof(vf), x[r]);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r)
@@ -64,19 +68,24 @@ void multiply(const int32_t* x, const char* strip, int64_t pairs, float (*sums)[
 
 using Multiply = void (*)(const int32_t*, const char*, int64_t, float (*)[STRIP]);
 template <int... M>
-Multiply of_rows(int rows, std::integer_sequence<int, M...>) {
-  static constexpr Multiply all[] = {multiply<M + 1>...};
-  return all[rows - 1];
+Multiply of_rows(int rows, bool exact, std::integer_sequence<int, M...>) {
+  static constexpr Multiply all[2][ROWS] = {{multiply<false, M + 1>...}, {multiply<true, M + 1>...}};
+  return all[exact][rows - 1];
 }
 
-// Pairs of inputs of `rows` rows, the rows of a pair side by side.
-void lay_out(const Arguments& in, int64_t first, int rows, int32_t* to) {
+// Pairs of inputs of `rows` rows, the rows of a pair side by side. Whether one of these rows is SMALL.
+bool lay_out(const Arguments& in, int64_t first, int rows, int32_t* to) {
   const uint16_t* x[ROWS];
   for (int r = 0; r < rows; ++r) x[r] = static_cast<const uint16_t*>(in.x) + (first + r) * in.stride;
   for (int64_t k = 0; k + 1 < in.k; k += 2)
     for (int r = 0; r < rows; ++r) *to++ = load<int32_t>(x[r] + k);
   if (in.k % 2)
     for (int r = 0; r < rows; ++r) *to++ = x[r][in.k - 1];
+  return std::any_of(x, x + rows, [&](const uint16_t* row) {
+    int32_t most = 0;
+    for (int64_t k = 0; k < in.k; ++k) most = std::max<int32_t>(most, row[k] & 0x7fff);
+    return most < SMALL && most > 0;
+  });
 }
 
 }  // namespace
@@ -91,10 +100,12 @@ extern "C" void gcu_linear(const Arguments* arguments) {
   const int64_t parts = std::max((groups + GROUPS - 1) / GROUPS, std::min(groups, wanted));
   auto begin = [&](int64_t group) { return group * in.m / groups; };
   Room<int32_t> laid_out(in.m * pairs);
+  Room<bool> small(groups);
 #pragma omp parallel num_threads(in.threads) if (in.threads > 1 && in.m * in.n * in.k > WAKE)
   {
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) lay_out(in, begin(g), int(begin(g + 1) - begin(g)), laid_out.get() + begin(g) * pairs);
+    for (int64_t g = 0; g < groups; ++g)
+      small.get()[g] = lay_out(in, begin(g), int(begin(g + 1) - begin(g)), laid_out.get() + begin(g) * pairs);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < parts * strips; ++task) {
       const int64_t part = task / strips, s = task % strips, first = s * STRIP;
@@ -103,7 +114,7 @@ extern "C" void gcu_linear(const Arguments* arguments) {
       if (in.bias) to_floats(in.bias, in.bias_dtype, first, columns, bias);
       for (int64_t g = part * groups / parts; g < (part + 1) * groups / parts; ++g) {
         const int rows = int(begin(g + 1) - begin(g));
-        of_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+        of_rows(rows, small.get()[g], std::make_integer_sequence<int, ROWS>{})(
             laid_out.get() + begin(g) * pairs, static_cast<const char*>(in.weight) + s * pairs * 4 * STRIP, pairs, sums);
         for (int r = 0; r < rows; ++r) {
           for (int c = 0; c < columns; ++c) sums[r][c] += bias[c];

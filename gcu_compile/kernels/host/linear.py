@@ -6,7 +6,6 @@ import struct
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 
@@ -26,11 +25,7 @@ def refuses(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | 
         return f"x is {x.dtype}, not torch.bfloat16"
     if bias is not None and bias.dtype not in FLOATS:
         return f"bias is {bias.dtype}, not one of {', '.join(map(str, FLOATS))}"
-    try:
-        build.load("linear")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("linear")
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ import struct
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host.dtypes import FLOATS
 
@@ -19,11 +18,7 @@ def refuses(x, other=None, weight=None, eps=0.0) -> str | None:
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor is not None and tensor.dtype not in FLOATS:
             return f"{name} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
-    try:
-        build.load("prologues")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("prologues")
 
 
 def _rows(x: torch.Tensor, size: int) -> torch.Tensor:

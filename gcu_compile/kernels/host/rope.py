@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host.attention import DTYPES, floats, pointer
 from gcu_compile.kernels.host.fields import Fields
@@ -32,11 +31,7 @@ def refuses(source: torch.Tensor, cache: torch.Tensor, cos_sin: torch.Tensor | N
             return f"{name} is {x.dtype}, which the C++ kernel does not read"
     if cache.shape[3] > LARGEST_HEAD:
         return f"a head of {cache.shape[3]} is larger than {LARGEST_HEAD}"
-    try:
-        build.load("rope")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("rope")
 
 
 def _side(name: str, cache, scale, zero_point, scale_cache) -> dict:

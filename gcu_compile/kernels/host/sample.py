@@ -6,7 +6,7 @@ import struct
 
 import torch
 
-from gcu_compile.errors import InvalidInputError, KernelBuildError
+from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels.host import build
 
 POINTERS = (
@@ -65,11 +65,7 @@ def refuses(logits: torch.Tensor, **settings) -> str | None:
         return f"logits are {logits.dtype}, not one of {', '.join(map(str, DTYPES))}"
     if logits.stride(-1) != 1:
         return "a row of logits is not contiguous"
-    try:
-        build.load("sample")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("sample")
 
 
 def run(logits: torch.Tensor, kept: torch.Tensor | None = None, **settings) -> torch.Tensor:

@@ -6,7 +6,6 @@ import struct
 
 import torch
 
-from gcu_compile.errors import KernelBuildError
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host.dtypes import FLOATS
 
@@ -19,11 +18,7 @@ def refuses(y: torch.Tensor) -> str | None:
         return f"y is on {y.device}"
     if y.dtype not in FLOATS:
         return f"y is {y.dtype}, not one of {', '.join(map(str, FLOATS))}"
-    try:
-        build.load("weighted_sum")
-    except KernelBuildError as error:
-        return str(error)
-    return None
+    return build.refusal("weighted_sum")
 
 
 def run(y: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
