@@ -1,13 +1,13 @@
 """AMX's tiles are a state of each thread: products of ours and of oneDNN's take turns in the same threads."""
 
+import amx_emulation
 import pytest
 import torch
 
 from gcu_compile.kernels import attention  # noqa: F401  (registers the operation)
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import build
 
-pytestmark = pytest.mark.skipif(build.host_isa() != "amx", reason="this CPU has no AMX, or host_isa is another")
+pytestmark = pytest.mark.usefixtures("amx")
 
 
 def products():
@@ -26,6 +26,14 @@ def products():
         "dequant_gemm": lambda: torch.ops.gcu.dequant_gemm(x, weight, scales.bfloat16(), layout="host_int8"),
         "attention": lambda: torch.ops.gcu.attention(q, k, v, scale=0.125, causal=True),
     }
+
+
+@pytest.mark.skipif(amx_emulation.EMULATED not in amx_emulation.TILED, reason="only emulated instructions are counted")
+def test_each_product_of_ours_is_made_of_tiles():
+    for name, call in products().items():
+        before = amx_emulation.executed()
+        call()
+        assert (amx_emulation.executed() > before) == ("oneDNN" not in name), name
 
 
 def test_tiles_of_several_libraries_take_turns():

@@ -132,11 +132,19 @@ def _load_for(name: str, environ: tuple) -> ctypes.CDLL:
 
 @functools.cache
 def _load(name: str, isa: str, cache_dir: str) -> ctypes.CDLL:
-    source = HERE / f"{name}.cpp"
+    return load_source(HERE / f"{name}.cpp", isa, cache_dir)
+
+
+def load_source(source: Path, isa: str, cache_dir: str) -> ctypes.CDLL:
+    """The library of any source, for `isa`, whatever this CPU has; kept in `cache_dir` like those of kernels.
+
+    Raises:
+        KernelBuildError: no g++ (or `CXX`), or it refused the source.
+    """
     compiler = find_compiler()
     flags = (*FLAGS, *(isa_flags(isa) if platform.machine() in ("x86_64", "AMD64") else ()))
     key = hashlib.sha256(_text(source) + repr((flags, version(compiler))).encode()).hexdigest()[:20]
-    library = writable(Path(cache_dir) / "host") / f"{name}-{isa}-{key}.so"
+    library = writable(Path(cache_dir) / "host") / f"{source.stem}-{isa}-{key}.so"
     if library.exists():
         reason = what_is_missing(library)
         try:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from paged_case import ISAS, case, double
+from amx_emulation import EMULATED, ISAS
+from paged_case import case, double
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import paged
@@ -11,9 +12,9 @@ from gcu_compile.kernels.tolerance import tolerance
 CACHES = ["tensor", "head", "token_head"]
 
 
-@pytest.fixture(params=[isa for isa in ISAS if isa in ("avx512", "amx")] or ISAS[-1:], autouse=True)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", request.param)
+@pytest.fixture(params=[isa for isa in ISAS if isa in ("avx512", "amx", EMULATED)] or ISAS[-1:], autouse=True)
+def isa(request, use_isa):
+    use_isa(request.param)
     before = registry.calls["paged_attention", "host_cpp"]
     yield
     assert registry.calls["paged_attention", "host_cpp"] > before
@@ -41,6 +42,12 @@ def test_every_number_of_rows(rows, zero):
 @pytest.mark.parametrize("sizes", [(1, 1), (33, 7), (65, 17), (100, 63), (128, 129), (192, 128), (256, 256)])
 def test_odd_sizes(sizes, cache):
     check(decode(head_dim=sizes[0], v_dim=sizes[1], heads=6, cache=cache, zero=True))
+
+
+@pytest.mark.parametrize("size", [12, 90, 150, 208])  # rounded to 32 they are no multiple of 64
+def test_the_most_rows_of_several_heads(size, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # which has no need to share the heads out
+    check(decode(heads=48, kv_heads=3, head_dim=size, zero=True))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257])

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from amx_emulation import ISAS
 from covering import pairwise
-from paged_case import ISAS, case
+from paged_case import case
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
@@ -50,8 +51,8 @@ def double(given):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())).replace("torch.", ""))
-def test_covering_array(row, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+def test_covering_array(row, use_isa):
+    use_isa(row["isa"])
     names = ("heads", "dtype", "block_size", "padding")
     given, asked = batch(*LENS[row["lens"]], row["sizes"], **{name: row[name] for name in names})
     before = registry.calls["mla_attention", "host_cpp"]

@@ -2,22 +2,23 @@
 
 import pytest
 import torch
+from amx_emulation import BEST, EMULATED, ISAS
 from dequant_cases import FLOATS, assert_close, dequant_arguments, dequant_reference
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host import dequant_gemm as host
+from gcu_compile.kernels.host import prepack
 
 NATIVE = ("host_int4", "host_int8")
 TENSORS = ("weight", "scales", "zeros", "g_idx", "bias")
-HERE = build.available()
 # (inputs, groups): whole words, parts of words, odd, one group of everything, more than one block of the kernel.
 SIZES = [(64, 1), (64, 2), (128, 4), (96, 3), (30, 5), (17, 1), (7, 7), (576, 9), (1, 1), (1200, 1), (2048, 16)]
 DTYPES = st.sampled_from(FLOATS)
+SHARED = [HealthCheck.function_scoped_fixture]  # all examples of a test are for one `use_isa`
 
 
 def check(arguments):
@@ -46,9 +47,11 @@ def products(draw, sizes=SIZES, rows=(1, 2, 3, 4, 5, 6, 7, 8, 9, 13)):
     )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.parametrize("isa", BEST)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=SHARED)
 @given(products())
-def test_products_on_odd_shapes(arguments):
+def test_products_on_odd_shapes(isa, use_isa, arguments):
+    use_isa(isa)
     check(arguments)
 
 
@@ -59,21 +62,21 @@ def test_long_sweep(arguments):
     check(arguments)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", NATIVE)
-def test_every_instruction_set(isa, dtype, layout, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_every_instruction_set(isa, dtype, layout, use_isa):
+    use_isa(isa)
     for m, zeros, g_idx in ((1, False, False), (3, True, False), (4, False, True), (200, True, False)):
         check(dequant_arguments(layout, m, 70, 64, 2, dtype, torch.float16, zeros, g_idx, bias=True))
 
 
-@pytest.mark.parametrize("isa", [isa for isa in HERE if isa in ("avx512", "amx")])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in ("avx512", "amx", EMULATED)])
 @pytest.mark.parametrize("layout", NATIVE)
 @pytest.mark.parametrize("zeros", [False, True])
-def test_many_rows_of_bfloat16(isa, layout, zeros, monkeypatch):
+def test_many_rows_of_bfloat16(isa, layout, zeros, use_isa):
     """Tiles of rows that are whole and not, alone and in pairs; groups of a step, of parts of a block, and cut ones."""
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    use_isa(isa)
     for k, groups in ((96, 3), (640, 5), (576, 1), (1200, 1), (17, 1), (80, 5)):
         for m in (3, 16, 17, 40, 75, 530):
             check(dequant_arguments(layout, m, 70, k, groups, torch.bfloat16, torch.bfloat16, zeros, seed=m))
@@ -104,7 +107,9 @@ def test_no_rows():
     assert host.run(**a).shape == (0, 40)
 
 
-def test_rows_do_not_depend_on_each_other():
+@pytest.mark.parametrize("isa", BEST)
+def test_rows_do_not_depend_on_each_other(isa, use_isa):
+    use_isa(isa)
     a = dequant_arguments("host_int4", 9, 70, 128, 4, torch.bfloat16, zeros=True)
     whole = host.run(**a).float()
     for row in range(9):
@@ -120,8 +125,10 @@ def test_large_activations_and_infinities():
     assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("layout", NATIVE)
-def test_grouped(layout):
+def test_grouped(isa, layout, use_isa):
+    use_isa(isa)
     experts = [dequant_arguments(layout, 7, 70, 64, 2, torch.bfloat16, zeros=True, bias=True, seed=i) for i in range(4)]
     stacked = {n: torch.stack([one[n] for one in experts]) for n in ("weight", "scales", "zeros", "bias")}
     offsets = torch.tensor([0, 2, 2, 6, 7])
@@ -133,10 +140,12 @@ def test_grouped(layout):
         assert_close(y[rows], dequant_reference(**{**one, "x": experts[0]["x"][rows]}), 64)
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("layout", NATIVE)
 @pytest.mark.parametrize("more", [{}, {"zeros": True, "bias": True}, {"g_idx": True}])
-def test_experts_are_products_of_their_own(layout, more):
+def test_experts_are_products_of_their_own(isa, layout, more, use_isa):
     """Of few and many rows, some without, and rows that belong to none; the very numbers of one product each."""
+    use_isa(isa)
     cuts = (3, 4, 4, 13, 230, 233, 241)
     experts = [dequant_arguments(layout, 1, 70, 96, 3, torch.bfloat16, **more, seed=i) for i in range(len(cuts) - 1)]
     names = ("weight", "scales", *more)

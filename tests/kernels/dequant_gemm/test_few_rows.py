@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from amx_emulation import TILED
 from dequant_cases import FLOATS, assert_close, dequant_arguments, dequant_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import dequant_gemm as host
 
 
@@ -71,9 +71,10 @@ def test_a_scale_that_is_no_number_spoils_its_own_output():
     assert_close(y[:, rest], dequant_reference(**a)[:, rest], 256)
 
 
-@pytest.mark.skipif(build.host_isa() != "amx", reason="the best build here is avx512 itself, or has no vpdpbusd")
-def test_avx512_alone_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("isa", TILED)
+def test_avx512_alone_gives_the_same(isa, use_isa):
+    use_isa(isa)
     a = dequant_arguments("host_int4", 1, 130, 512, 4, torch.bfloat16, zeros=True)
     best = host.run(**a)
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", "avx512")
+    use_isa("avx512")
     assert torch.equal(host.run(**a), best)

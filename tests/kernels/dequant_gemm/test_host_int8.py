@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from amx_emulation import BEST, ISAS
 from dequant_cases import FLOATS, assert_close, generator
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import eager, layouts
-from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import int8_gemm as host
 
-HERE = build.available()
+SHARED = [HealthCheck.function_scoped_fixture]  # all examples of a test are for one `use_isa`
 
 
 def arguments(m=5, n=70, k=64, dtype=torch.int8, static=False, zeros=False, x_zeros=False, bias=False, seed=0):
@@ -52,9 +52,11 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.parametrize("isa", BEST)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=SHARED)
 @given(cases)
-def test_products_on_odd_shapes(a):
+def test_products_on_odd_shapes(isa, use_isa, a):
+    use_isa(isa)
     check(a)
 
 
@@ -65,27 +67,29 @@ def test_long_sweep(a):
     check(a)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-def test_every_instruction_set(isa, dtype, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_every_instruction_set(isa, dtype, use_isa):
+    use_isa(isa)
     for m, zeros in ((1, False), (4, True), (16, False), (200, True)):
         check(arguments(m, 70, 90, dtype, True, zeros, zeros, True))
     check(arguments(33, 400, 2100, dtype, True, True, True, True))  # more than one block of every size
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 70, 5), (8, 64, 64), (47, 330, 1100), (1100, 65, 60)])
-def test_sums_are_exact_on_every_instruction_set(isa, m, n, k, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_sums_are_exact_on_every_instruction_set(isa, m, n, k, use_isa):
+    use_isa(isa)
     a = arguments(m, n, k)
     a.update(scales=torch.ones(1, n), x_scales=torch.ones(m, 1))
     codes = layouts.unpack(a["weight"], layouts.get("host_int8"), n, k)
     assert torch.equal(host.run(**a), (a["x"].double() @ codes.double().T).float())
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("m", [1, 20])
-def test_extreme_codes_sum_exactly(m):
+def test_extreme_codes_sum_exactly(isa, m, use_isa):
+    use_isa(isa)
     k = host.MOST_INPUTS
     ones = {"scales": torch.ones(1, 1), "x_scales": torch.ones(1, 1), "layout": "host_int8"}
     weight = layouts.pack(torch.full((1, k), -128), layouts.get("host_int8"))
@@ -120,7 +124,9 @@ def test_infinite_and_missing_activations_do_not_pass_silently():
     assert torch.isfinite(y[0]).all() and torch.isnan(y[1]).all() and not torch.isfinite(y[2]).any()
 
 
-def test_grouped_runs_the_kernel():
+@pytest.mark.parametrize("isa", BEST)
+def test_grouped_runs_the_kernel(isa, use_isa):
+    use_isa(isa)
     experts, offsets = [arguments(7, seed=i) for i in range(3)], torch.tensor([0, 3, 3, 7])
     stacked = {name: torch.stack([one[name] for one in experts]) for name in ("weight", "scales")}
     a = experts[0]
@@ -131,9 +137,11 @@ def test_grouped_runs_the_kernel():
     assert_close(y, meant.double(), 1)
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("codes", [False, True])
-def test_experts_are_products_of_their_own(codes):
+def test_experts_are_products_of_their_own(isa, codes, use_isa):
     """Of few and many rows, some without, and rows that belong to none; the very numbers of one product each."""
+    use_isa(isa)
     cuts, source = (2, 3, 3, 12, 215, 240), generator(0)
     weight = torch.stack([arguments(1, seed=i)["weight"] for i in range(len(cuts) - 1)])
     scales = torch.stack([arguments(1, seed=i)["scales"] for i in range(len(cuts) - 1)])

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcu_compile.kernels.dequant_gemm import eager
-from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import dequant_gemm as host
 
-pytestmark = pytest.mark.skipif(build.host_isa() != "amx", reason="this CPU has no AMX, or host_isa is another")
+pytestmark = pytest.mark.usefixtures("amx")
 NATIVE = ("host_int4", "host_int8")
 SCALED_FROM = {"host_int4": 129, "host_int8": 65}  # dequant_gemm.cpp
 

@@ -4,15 +4,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from amx_emulation import ISAS
 
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import build, dequant_gemm
+from gcu_compile.kernels.host import dequant_gemm
 
 
-@pytest.mark.parametrize("isa", build.available())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("m", [1, 3, 20])
-def test_no_inputs(isa, m, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_no_inputs(isa, m, use_isa):
+    use_isa(isa)
     form, bias = layouts.get("host_int4"), torch.randn(64)
     weight, scales = torch.zeros(form.shape(64, 0), dtype=form.word), torch.ones(1, 64)
     with ThreadPoolExecutor(1) as pool:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from amx_emulation import ISAS
 from dequant_cases import dequant_arguments
 from test_host_int8 import arguments as int8_arguments
 
-from gcu_compile.kernels.host import build, dequant_gemm, int8_gemm
+from gcu_compile.kernels.host import dequant_gemm, int8_gemm
 
-ISAS = build.available()
 ROWS, OUTPUTS, INPUTS = 300, 650, 64  # tiles and rows that threads do not divide
 
 
@@ -27,8 +27,8 @@ def products():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_any_number_of_threads_gives_the_same(isa, threads, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_any_number_of_threads_gives_the_same(isa, threads, use_isa):
+    use_isa(isa)
     for product in products():
         threads(1)
         expected = product()

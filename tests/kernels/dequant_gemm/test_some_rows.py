@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import dequant_gemm as host
 
-pytestmark = pytest.mark.skipif(build.host_isa() != "amx", reason="this CPU has no AMX, or host_isa is another")
+pytestmark = pytest.mark.usefixtures("amx")
 
 
 def check(arguments):
