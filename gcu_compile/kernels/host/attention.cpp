@@ -18,7 +18,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "attention/amx_bf16.h"
@@ -29,7 +28,7 @@
 #include "attention/partials.h"
 #include "attention/plan.h"
 #include "attention/quantised.h"
-#include "attention/tile.h"
+#include "attention/worker.h"
 
 namespace {
 
@@ -37,7 +36,8 @@ namespace {
 template <class P>
 void merge(const Arguments& in, const std::vector<Item>& parts, const Partials& partials, int64_t dv) {
   std::vector<float> sums(dv);
-  for (int row = 0; row < parts[0].head_count * parts[0].token_count; ++row) {
+  const Item& all = parts[0];
+  for (int64_t row = 0; row < all.rows() * all.kv_heads; ++row) {
     float maximum = -INF, weight = 0;
     for (const Item& part : parts) maximum = std::max(maximum, partials.maxima[part.partial + row]);
     std::fill(sums.begin(), sums.end(), 0.0f);
@@ -48,7 +48,7 @@ void merge(const Arguments& in, const std::vector<Item>& parts, const Partials& 
       weight += partials.weights[at] * factor;
       for (int64_t d = 0; d < dv; ++d) sums[d] += partials.sums[at * dv + d] * factor;
     }
-    Tile<P>::finish(in, parts[0], row, sums.data(), maximum, weight);
+    Tile<P>::finish(in, all.of(row / all.rows()), int(row % all.rows()), sums.data(), maximum, weight);
   }
 }
 
@@ -59,16 +59,16 @@ void attend(const Arguments& in) {
   std::vector<Item> items = plan<P>(in, split, partial_rows);
   int64_t products = 0;
   for (const Item& i : items)
-    products += (i.last_key - i.first_key) * i.head_count * i.token_count * (in.head_dim + in.v_dim);
+    products += (i.last_key - i.first_key) * i.rows() * i.kv_heads * (in.head_dim + in.v_dim);
   bool parallel = in.threads > 1 && items.size() > 1 && products > WAKE;
   Partials partials;
   partials.sums.resize(partial_rows * dv), partials.maxima.resize(partial_rows), partials.weights.resize(partial_rows);
 #pragma omp parallel num_threads(in.threads) if (parallel)
   {
     [[maybe_unused]] typename P::Thread thread;
-    auto tile = std::make_unique<Tile<P>>(in, partials);
+    Worker<P> worker(in, partials);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < items.size(); ++i) tile->run(items[i]);
+    for (size_t i = 0; i < items.size(); ++i) worker.run(items[i]);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < split.size(); ++i) merge<P>(in, split[i], partials, dv);
   }

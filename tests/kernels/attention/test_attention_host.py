@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from amx_emulation import BEST, EMULATED, ISAS
 from covering import pairwise
-from paged_case import ISAS, case, double
+from paged_case import case, double
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import dense, paged
@@ -33,7 +34,7 @@ PAGED_FACTORS = {
     "padding": [0, 3],
 }
 # A bfloat16 query on a bfloat16 or int8 cache has arithmetics of its own: all options of those, too.
-OWN = {"isa": [isa for isa in ISAS if isa in ("avx512", "amx")], "dtype": [torch.bfloat16]}
+OWN = {"isa": [isa for isa in ISAS if isa in ("avx512", "amx", EMULATED)], "dtype": [torch.bfloat16]}
 PAGED = pairwise(PAGED_FACTORS) + (pairwise(PAGED_FACTORS | OWN) if OWN["isa"] else [])
 
 
@@ -56,8 +57,8 @@ def ran(op):
 
 
 @pytest.mark.parametrize("row", PAGED, ids=name)
-def test_paged_covering_array(row, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+def test_paged_covering_array(row, use_isa):
+    use_isa(row["isa"])
     (heads, kv_heads), (head_dim, v_dim), (kind, zero) = row["heads"], row["sizes"], row["cache"]
     batch = case(*LENS[row["lens"]], heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, cache=kind,
                  block_size=row["block_size"], dtype=row["dtype"], zero=zero, padding=row["padding"])  # fmt: skip
@@ -100,8 +101,8 @@ def bias_of(kind, dtype, shape):
 
 
 @pytest.mark.parametrize("row", DENSE, ids=name)
-def test_dense_covering_array(row, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", row["isa"])
+def test_dense_covering_array(row, use_isa):
+    use_isa(row["isa"])
     (heads, kv_heads), (head_dim, v_dim), (q_len, kv_len) = row["heads"], row["sizes"], row["lengths"]
     source = torch.Generator().manual_seed(3)
 
@@ -124,9 +125,11 @@ def test_dense_covering_array(row, monkeypatch):
     torch.testing.assert_close(got.double(), expected, **tolerance(row["dtype"], max(head_dim, kv_len)))
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache", ["float", "token_head"])
-def test_context_of_32k_is_cut_into_parts(dtype, cache, monkeypatch):
+def test_context_of_32k_is_cut_into_parts(isa, dtype, cache, use_isa, monkeypatch):
+    use_isa(isa)
     batch = case([32768 - 5], [2], heads=4, kv_heads=2, head_dim=64, dtype=dtype, cache=cache, block_size=64)
     expected = paged.eager(**double(batch.arguments))
     for threads in (1, 2, 7):
@@ -135,8 +138,25 @@ def test_context_of_32k_is_cut_into_parts(dtype, cache, monkeypatch):
         torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 32768))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [(5, 5), (40, 20), (16, 8)])  # KV heads: one walk over the keys, two, one in pieces
+@pytest.mark.parametrize("cache", ["float", "token_head"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_kv_heads_side_by_side(isa, cache, heads, threads, use_isa, monkeypatch):
+    use_isa(isa)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    lens = [1300, 3, 0, 700, 90]  # two of which are cut into parts where threads are to share them
+    batch = case(lens, [1, 1, 0, 2, 1], heads=heads[0], kv_heads=heads[1], head_dim=64, cache=cache, block_size=16,
+                 dtype=torch.bfloat16, zero=cache != "float")  # fmt: skip
+    got = torch.ops.gcu.paged_attention(**batch.arguments)
+    expected = paged.eager(**double(batch.arguments))
+    torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, max(lens)))
+
+
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_output_is_the_float_one_quantised(dtype):
+def test_int8_output_is_the_float_one_quantised(isa, dtype, use_isa):
+    use_isa(isa)
     batch = case(*LENS["mixed"], dtype=dtype, padding=2)
     got, scale = torch.ops.gcu.paged_attention_int8(**batch.arguments)
     expected, expected_scale = paged.quantise_rows(torch.ops.gcu.paged_attention(**batch.arguments))
@@ -144,8 +164,10 @@ def test_int8_output_is_the_float_one_quantised(dtype):
     assert (got.int() - expected.int()).abs().max() <= 1 and (got != expected).float().mean() < 0.01
 
 
-def test_cache_of_any_strides():
+@pytest.mark.parametrize("isa", BEST)
+def test_cache_of_any_strides(isa, use_isa):
     """vLLM's layout: keys and values of a head side by side, blocks first."""
+    use_isa(isa)
     batch = case(*LENS["mixed"], dtype=torch.bfloat16)
     expected = torch.ops.gcu.paged_attention(**batch.arguments)
     for order in ([0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3], [2, 0, 1, 3]):
@@ -155,9 +177,11 @@ def test_cache_of_any_strides():
         assert torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [5, 80])  # few rows, and tiles of them
-def test_a_nan_is_not_hidden(queries, dtype):
+def test_a_nan_is_not_hidden(isa, queries, dtype, use_isa):
+    use_isa(isa)
     q, k, v = (torch.randn(1, 2, queries, 32).to(dtype) for _ in range(3))
     q[0, 1, 2, 3] = torch.nan
     got = torch.ops.gcu.attention(q, k, v, scale=1.0)
@@ -167,8 +191,8 @@ def test_a_nan_is_not_hidden(queries, dtype):
 @pytest.mark.parametrize("cache", ["float", "token_head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_nan_is_not_hidden_where_keys_are_cut_into_parts(isa, dtype, cache, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_a_nan_is_not_hidden_where_keys_are_cut_into_parts(isa, dtype, cache, use_isa, monkeypatch):
+    use_isa(isa)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     arguments = case([4000], [1], heads=4, kv_heads=2, head_dim=64, dtype=dtype, cache=cache).arguments
     arguments["q"][0, 1, 3] = torch.nan
@@ -179,8 +203,8 @@ def test_a_nan_is_not_hidden_where_keys_are_cut_into_parts(isa, dtype, cache, mo
 @pytest.mark.parametrize("queries", [1, 12, 80])  # few rows of both kinds, and tiles of them
 @pytest.mark.parametrize("cache", ["float", "token_head"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_an_infinity_of_a_query_is_not_hidden(isa, cache, queries, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_an_infinity_of_a_query_is_not_hidden(isa, cache, queries, use_isa):
+    use_isa(isa)
     batch = case([300], [queries], heads=2, kv_heads=2, dtype=torch.bfloat16, cache=cache)
     batch.arguments["q"][-1, 1, 3] = torch.inf
     got, expected = torch.ops.gcu.paged_attention(**batch.arguments), paged.eager(**double(batch.arguments))
@@ -192,8 +216,8 @@ def test_an_infinity_of_a_query_is_not_hidden(isa, cache, queries, monkeypatch):
 @pytest.mark.parametrize("heads", [1, 7, 9])  # of one KV head: few rows of several kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_value_that_is_not_finite_stays_in_its_column(isa, dtype, heads, value, monkeypatch):
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+def test_a_value_that_is_not_finite_stays_in_its_column(isa, dtype, heads, value, use_isa):
+    use_isa(isa)
     batch = case([300, 10], [1, 1], heads=heads, kv_heads=1, head_dim=64, v_dim=72, dtype=dtype)
     arguments = batch.arguments
     blocks = arguments["block_table"][:, 0]
@@ -202,8 +226,10 @@ def test_a_value_that_is_not_finite_stays_in_its_column(isa, dtype, heads, value
     torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 300), equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("queries", [1, 40])
-def test_scales_of_heads_that_are_not_adjacent(queries):
+def test_scales_of_heads_that_are_not_adjacent(isa, queries, use_isa):
+    use_isa(isa)
     batch = case([100], [queries], dtype=torch.bfloat16, cache="head", zero=True)
     expected = torch.ops.gcu.paged_attention(**batch.arguments)
     names = [f"{of}_{name}" for of in "kv" for name in ("scale", "zero_point")]
@@ -222,9 +248,9 @@ def test_huge_values_are_not_hidden():
 @pytest.mark.parametrize("scale", [0.125, 0.1])  # products with the first are exact
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, dtype, scale, queries, size, monkeypatch):
+def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, dtype, scale, queries, size, use_isa):
     """Beside the largest score the others are nothing, whichever way they go along the keys."""
-    monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
+    use_isa(isa)
     v = torch.randn(1, 2, 96, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     q = torch.full((1, 2, queries, 64), size).to(dtype)
     for order in (1, -1):
@@ -235,10 +261,12 @@ def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, dtype, scale
         torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 96))
 
 
+@pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("queries", [1, 4, 150, 700])
 @pytest.mark.parametrize("cache", ["float", "token_head"])
-def test_scores_that_grow_or_fall_along_the_keys(queries, cache):
+def test_scores_that_grow_or_fall_along_the_keys(isa, queries, cache, use_isa):
     """What was summed is brought down again and again, or what comes later is nothing beside it."""
+    use_isa(isa)
     batch = case([700], [queries], heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, cache=cache, block_size=32)
     arguments = batch.arguments
     for sign in (1.0, -1.0):

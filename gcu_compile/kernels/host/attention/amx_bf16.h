@@ -23,7 +23,7 @@ namespace {
 
 struct AmxBF16 : BF16 {
   static constexpr bool BY_TILES = true;
-  static constexpr int FEW = 16;
+  static constexpr int FEW = 16, ROWS_OF_FEW = 48;  // their queries: as they are, and as a panel of digits
   static constexpr int TILE_ROWS = 512, LEAST_ROWS = 64;  // many, for packing a tile of keys costs as much as 20 of them
   static constexpr int BLOCK = 32;                        // rows whose scores stay in L1 until they are weights
   static constexpr int STEPS = 16, STRIP = 32;            // of panels: whole tiles, two side by side

@@ -32,7 +32,7 @@ constexpr Words WORDS[3] = {words(0), words(1), words(2)};
 struct BF16 {
   using A = uint16_t;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 2, FEW = 8, STEPS = 1, STRIP = ::STRIP;
+  static constexpr int DEPTH = 2, FEW = 8, ROWS_OF_FEW = 8, STEPS = 1, STRIP = ::STRIP;
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
   struct Softmax {};

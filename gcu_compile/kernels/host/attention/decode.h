@@ -1,7 +1,7 @@
 // Few rows (decode): K and V are used as they lie, since packing would cost more than the products.
 //
 //   scores: 16 at a time, R rows of 16 / R keys, each a vector of partial sums; a transpose's exchanges add them up
-//   weigh: 16 vectors of R output rows; two keys side by side are one step of the dot products of pairs
+//   weigh: 16 vectors of output rows; two keys side by side are one step of the dot products of pairs
 //
 // Rows that come are prefetched as many at a time as were read (`Coming`).
 //
@@ -48,10 +48,16 @@ template <int R, bool BYTES, bool WHOLE>
   }
 }
 
-template <int R, bool BYTES>
+// CHUNKS: of 32 numbers, those of a row, for the queries to stay in registers; 0: any number of them.
+template <int R, int CHUNKS, bool BYTES>
 void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Coming& coming) {
   constexpr int K = 16 / R;
-  int64_t whole = dim / 32 * 32;
+  const int64_t whole = dim / 32 * 32;
+  [[maybe_unused]] __m512bh held[R][std::max(CHUNKS, 1)];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < CHUNKS; ++c) held[r][c] = (__m512bh)_mm512_loadu_si512(q + r * ldq + 32 * c);
   for (int key = 0; key < n; key += K) {
     coming.fetch<K>();
     Row at[K];
@@ -60,26 +66,41 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
     __m512 sum[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
-    if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
+    if constexpr (CHUNKS > 0) {
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k)  // key by key, in the order of memory
+#pragma GCC unroll 8
+        for (int c = 0; c < CHUNKS; ++c) {
+          const __m512bh x = (__m512bh)numbers_of<BYTES, true>(at[k], 32 * c, ~0u);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sum[r * K + k] = _mm512_dpbf16_ps(sum[r * K + k], held[r][c], x);
+        }
+    } else {
+      for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
+      if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
+    }
     alignas(64) float values[16];
     _mm512_store_ps(values, sums(sum));
     for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
   }
 }
 
-// Columns d to d + 32 C of the output rows: the `pass`-th pass over the values of `passes`.
+// What becomes of sums that are there: nothing is, they are multiplied by the rows' alpha, or stay.
+enum class Old { NONE, SCALED, KEPT };
+
+// Columns d to d + 32 C of R output rows: the `pass`-th pass over the values of `passes`.
 template <int R, int C, bool BYTES, bool WHOLE>
-[[gnu::always_inline]] inline void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, const float* alpha, Coming& coming, int pass, int passes) {
+void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, Old old, const float* alpha, Coming& coming, int64_t pass, int64_t passes) {
   const __m512i first = _mm512_load_si512(BF16::FIRST_WORDS), second = _mm512_load_si512(BF16::SECOND_WORDS);
   __m512 sum[R * 2 * C];
 #pragma GCC unroll 16
   for (int i = 0; i < R * 2 * C; ++i) {
-    int r = i / (2 * C), c = i % (2 * C);
-    bool old = alpha && r < rows && (WHOLE || d + 16 * c < ldo);
-    sum[i] = old ? _mm512_mul_ps(_mm512_loadu_ps(o + r * ldo + d + 16 * c), _mm512_set1_ps(alpha[r])) : _mm512_setzero_ps();
+    const int r = i / (2 * C), c = i % (2 * C);
+    const bool is = old != Old::NONE && r < rows && (WHOLE || d + 16 * c < ldo);
+    sum[i] = is ? _mm512_loadu_ps(o + r * ldo + d + 16 * c) : _mm512_setzero_ps();
+    if (is && old == Old::SCALED) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(alpha[r]));
   }
-  int turn = pass;
+  int64_t turn = pass;
   for (int key = 0; key < n; key += 2) {
     if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
     Row even = values[key], odd = values[std::min(key + 1, n - 1)];  // its weight is 0 past the end
@@ -102,32 +123,58 @@ template <int R, int C, bool BYTES, bool WHOLE>
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * 2 * C; ++i) {
-    int r = i / (2 * C), c = i % (2 * C);
+    const int r = i / (2 * C), c = i % (2 * C);
     if (r < rows && (WHOLE || d + 16 * c < ldo)) _mm512_storeu_ps(o + r * ldo + d + 16 * c, sum[i]);
   }
 }
 
-template <int R, bool BYTES>
+// C: columns of 32 at once. As many rows at once as then fit into registers, and a few keys after the other: what is
+// passed over again, for other rows or columns, is in the first cache by then.
+template <int R, int C, bool BYTES>
 void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
-  constexpr int C = R == 8 ? 1 : R == 4 ? 2 : 4;  // columns of 32: 16 vectors, 8 for one row
-  const int64_t whole = dim / (32 * C), passes = whole + (dim - 32 * C * whole + 31) / 32;
-  int64_t d = 0, pass = 0;
-  for (; d + 32 * C <= dim; d += 32 * C) add_weighed<R, C, BYTES, true>(p, rows, values, n, dim, d, o, ldo, alpha, coming, pass++, passes);
-  for (; d < dim; d += 32) add_weighed<R, 1, BYTES, false>(p, rows, values, n, dim, d, o, ldo, alpha, coming, pass++, passes);
+  constexpr int ROWS = std::min(R, 8 / C), PIECE = 32;
+  const int64_t whole = dim / (32 * C), passes = (rows + ROWS - 1) / ROWS * (whole + (dim - 32 * C * whole + 31) / 32);
+  for (int key = 0; key < n; key += PIECE) {
+    const Old old = key ? Old::KEPT : alpha ? Old::SCALED : Old::NONE;
+    const int count = std::min(PIECE, n - key);
+    int64_t pass = 0;
+    for (int r = 0; r < rows; r += ROWS) {
+      auto columns = [&](auto add, int64_t d) {
+        add(p + r * TILE_KEYS + key, rows - r, values + key, count, dim, d, o + r * ldo, ldo, old, alpha ? alpha + r : alpha, coming, pass++, passes);
+      };
+      int64_t d = 0;
+      for (; d + 32 * C <= dim; d += 32 * C) columns(add_weighed<ROWS, C, BYTES, true>, d);
+      for (; d < dim; d += 32) columns(add_weighed<ROWS, 1, BYTES, false>, d);
+    }
+  }
+}
+
+// of.operator()<R>(), R the power of two that so many rows fit into.
+template <class F>
+void for_rows(int rows, F of) {
+  if (rows == 1) of.template operator()<1>();
+  else if (rows == 2) of.template operator()<2>();
+  else if (rows <= 4) of.template operator()<4>();
+  else of.template operator()<8>();
 }
 
 void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Coming& coming) {
   auto run = [&]<bool BYTES>() {
-    auto of = rows == 1 ? ::scores<1, BYTES> : rows == 2 ? ::scores<2, BYTES> : rows <= 4 ? ::scores<4, BYTES> : ::scores<8, BYTES>;
-    of(q, ldq, rows, keys, n, dim, s, coming);
+    for_rows(rows, [&]<int R>() {
+      auto of = dim == 64 ? ::scores<R, 2, BYTES> : dim == 128 && R <= 4 ? ::scores<R, R <= 4 ? 4 : 0, BYTES> : ::scores<R, 0, BYTES>;
+      of(q, ldq, rows, keys, n, dim, s, coming);
+    });
   };
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
   auto run = [&]<bool BYTES>() {
-    auto of = rows == 1 ? ::weigh<1, BYTES> : rows == 2 ? ::weigh<2, BYTES> : rows <= 4 ? ::weigh<4, BYTES> : ::weigh<8, BYTES>;
-    of(p, rows, values, n, dim, o, ldo, alpha, coming);
+    for_rows(rows, [&]<int R>() {
+      constexpr int MOST = BYTES ? std::min(8 / R, 4) : 4;  // bytes become numbers in every pass: all rows share one
+      auto of = dim >= 128 ? ::weigh<R, MOST, BYTES> : dim >= 64 ? ::weigh<R, std::min(MOST, 2), BYTES> : ::weigh<R, 1, BYTES>;
+      of(p, rows, values, n, dim, o, ldo, alpha, coming);
+    });
   };
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
 }

@@ -17,7 +17,7 @@ namespace {
 struct F32 {
   using A = float;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 1, FEW = 0, STEPS = 1, STRIP = ::STRIP;
+  static constexpr int DEPTH = 1, FEW = 0, ROWS_OF_FEW = 0, STEPS = 1, STRIP = ::STRIP;
   static constexpr int TILE_ROWS = 4 * ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;  // many, for packing costs
   struct Thread {};
   struct Softmax {};

@@ -20,7 +20,7 @@ struct Keys {
     for (int i = 0; i < TILE_KEYS; ++i) k[i].zero = v[i].zero = 0;
   }
 
-  // Zero points that all keys of the item share.
+  // Zero points that all keys of a head share.
   void prepare(const Arguments& in, const Item& item) {
     auto share = [&](const int32_t* zero, int64_t kind, Row* rows, float* numbers) {
       if (!zero || kind == 3) return;

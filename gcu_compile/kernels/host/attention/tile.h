@@ -1,4 +1,4 @@
-// One work item: its queries against its keys, tile by tile of keys.
+// The queries of one KV head of a work item against its keys, tile by tile of keys.
 #pragma once
 
 #include <algorithm>
@@ -6,50 +6,86 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
 #include "keys.h"
 #include "matmul.h"
 #include "partials.h"
+#include "parts.h"
 #include "plan.h"
 #include "rows.h"
 
 namespace {
+
+// What a thread's tiles use in turn.
+template <class P>
+struct Buffers {
+  using A = typename P::A;
+
+  explicit Buffers(const Arguments& in) {
+    int64_t d = rounded(in.head_dim, 2 * LANES), dv = rounded(in.v_dim, LANES);
+    memory.take(k, TILE_KEYS * d), memory.take(v, TILE_KEYS * dv);
+    memory.take(p, P::BLOCK * TILE_KEYS), memory.take(s, P::BLOCK * TILE_KEYS);
+    memory.allocate();
+  }
+
+  Parts memory;
+  A *k, *v, *p;
+  float* s;
+  Keys keys[2], *now = &keys[0], *next = &keys[1];
+};
 
 template <class P>
 class Tile {
   using A = typename P::A;
 
  public:
-  Tile(const Arguments& in, Partials& partials) : in_(in), partials_(partials) {
+  // rows: of queries, at most.
+  Tile(const Arguments& in, Partials& partials, Buffers<P>& buffers, int64_t rows)
+      : in_(in), partials_(partials), buffers_(buffers), k_(buffers.k), v_(buffers.v), p_(buffers.p), s_(buffers.s) {
     size_ = in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2;
     d_ = rounded(in.head_dim, 2 * LANES), dv_ = rounded(in.v_dim, LANES);
-    // One allocation, cut into parts that start on cache lines.
-    int64_t a = sizeof(A);
-    int64_t sizes[] = {P::TILE_ROWS * d_ * a, TILE_KEYS * d_ * a, TILE_KEYS * dv_ * a, P::BLOCK * TILE_KEYS * a,
-                       P::BLOCK * TILE_KEYS * 4, P::TILE_ROWS * dv_ * 4};
-    int64_t all = 64;
-    for (int64_t size : sizes) all += rounded(size, 64) + 64;
-    memory_.reset(new char[all]);
-    char* at = reinterpret_cast<char*>(rounded(reinterpret_cast<int64_t>(memory_.get()), 64));
-    char** parts[] = {(char**)&q_, (char**)&k_, (char**)&v_, (char**)&p_, (char**)&s_, (char**)&o_};
-    for (int i = 0; i < 6; ++i) *parts[i] = at, at += rounded(sizes[i], 64) + 64;
+    memory_.take(q_, rows * rounded(d_, 64)), memory_.take(o_, rows * rounded(in.v_dim, 64));
+    memory_.allocate();
   }
 
-  void run(const Item& item) {
-    item_ = item;
-    rows_ = int(item.head_count * item.token_count);
+  // What is common to all keys. packed: values are, though rows be few.
+  void begin(const Item& item, bool packed) {
+    item_ = item, packed_ = packed;
+    rows_ = int(item.rows());
     paged_ = in_.block_table != nullptr;
     start_ = paged_ ? in_.query_start_loc[item.sequence] : 0;
     int64_t q_len = paged_ ? in_.query_start_loc[item.sequence + 1] - start_ : in_.q_len;
     offset_ = paged_ ? in_.seq_lens[item.sequence] - q_len : in_.offset;
-    packed_ = false;
-    sum();
-    if (doubled() && !finite()) packed_ = true, sum();
-    if (item.partial >= 0) keep();
+    ldo_ = digits() ? rounded(in_.v_dim, 64) : doubled() ? rounded(in_.v_dim, 32) : dv_;
+    load_queries();
+    prepare();
+    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
+    if (digits()) std::fill_n(o_, rows_ * ldo_, 0.0f), started_[0] = true;
+  }
+
+  // Keys `now` of the buffers, the first of which is number `key` of the sequence.
+  void add(int64_t key) {
+    if (P::FEW && rows_ <= P::FEW) few(key);
+    else many(key);
+  }
+
+  // False: nothing is written, and the item is to be done again with packed values.
+  bool end() {
+    for (int row = 0; row < rows_; row += P::BLOCK)
+      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
+    if constexpr (P::BY_TILES)
+      for (int row = 0; row < rows_; ++row) {
+        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
+        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
+        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
+        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
+      }
+    if (doubled() && !finite()) return false;
+    if (item_.partial >= 0) keep();
     else finish_all();
+    return true;
   }
 
   // Output row of `in` from sums, maximum and sum of weights.
@@ -81,35 +117,9 @@ class Tile {
   }
 
  private:
-  // Sums of the item's rows, their maxima and sums of weights.
-  void sum() {
-    ldo_ = digits() ? rounded(in_.v_dim, 64) : doubled() ? rounded(in_.v_dim, 32) : dv_;
-    load_queries();
-    prepare();
-    std::fill_n(maximum_, rows_, -INF), std::fill_n(weight_, rows_, 0.0f), std::fill(std::begin(started_), std::end(started_), false);
-    if (digits()) std::fill_n(o_, rows_ * ldo_, 0.0f), started_[0] = true;
-    int step = rows_ <= P::FEW ? TILE_KEYS_DECODE : TILE_KEYS;
-    next_->locate(in_, item_, size_, item_.first_key, step);
-    for (int64_t key = item_.first_key; key < item_.last_key; key += step) {
-      std::swap(now_, next_);
-      next_->locate(in_, item_, size_, key + step, step);
-      if (P::FEW && rows_ <= P::FEW) few(key);
-      else many(key);
-    }
-    for (int row = 0; row < rows_; row += P::BLOCK)
-      if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
-    if constexpr (P::BY_TILES)
-      for (int row = 0; row < rows_; ++row) {
-        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
-        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
-        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
-      }
-  }
-
   // A tile of keys, packed; the queries block by block, each against the keys that one of it sees.
   void many(int64_t key) {
-    const Keys& at = *now_;
+    const Keys& at = *buffers_.now;
     int64_t n = at.n, all = rounded(n, LANES), depth = P::DEPTH;
     Panel<A> k{k_, rounded((in_.head_dim + depth - 1) / depth, P::STEPS), all, {}, {}};
     Panel<A> v{v_, rounded((n + depth - 1) / depth, P::STEPS), dv_, {}, {0, dv_}};
@@ -147,9 +157,9 @@ class Tile {
     int now = 0;
     auto soften_rows = [&](float* s, int64_t begin, int from, int to) __attribute__((always_inline)) {
       int64_t end = std::min(begin + 64, all);
-      bool seen = (!in_.causal || first + 1 >= end) && (!in_.window || last - in_.window < begin) && end <= now_->n;
+      bool seen = (!in_.causal || first + 1 >= end) && (!in_.window || last - in_.window < begin) && end <= buffers_.now->n;
       if (plain_ && seen && end == begin + 64) {
-        const float* v_factor = in_.v_scale_kind == 3 ? now_->v_factor + begin : nullptr;
+        const float* v_factor = in_.v_scale_kind == 3 ? buffers_.now->v_factor + begin : nullptr;
         auto raise = [&](int at, float by) { this->raise(at, p_ + (at - row) * TILE_KEYS, begin, by); };
         int i = from;
         for (; i + 2 <= to; i += 2)
@@ -170,11 +180,10 @@ class Tile {
 
   // A tile of keys against few rows.
   void few(int64_t key) {
-    const Keys& at = *now_;
+    const Keys& at = *buffers_.now;
     const float* alpha = started_[0] ? alpha_ : nullptr;
     started_[0] = true;
-    Coming coming(at, *next_, in_.head_dim * size_, in_.v_dim * size_);
-    if (key == item_.first_key) Coming::begin(at, in_.head_dim * size_);
+    Coming coming(at, *buffers_.next, in_.head_dim * size_, in_.v_dim * size_);
     if constexpr (P::BY_TILES) {
       const int64_t block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
       auto source = [&](const Row* rows, int64_t dim, const Strides& by) {
@@ -247,7 +256,6 @@ class Tile {
     plain_ = scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
     factor_ = (plain_ ? scale_ : 1.0f) * 1.44269504f;
     if constexpr (P::BY_TILES) softmax_.clear(rows_);
-    for (Keys& keys : keys_) keys.prepare(in_, item_);
   }
 
   // Scores of a row, number i of its block, and [from, to) of the tile's keys -> weights in p_, and what the sums so far
@@ -268,7 +276,7 @@ class Tile {
     for (int64_t j = from; j < to; j += LANES) {
       Vec x = exp_negative(load(s + j) * scale - base);
       sum += x;
-      if (in_.v_scale_kind == 3) x *= load(now_->v_factor + j);
+      if (in_.v_scale_kind == 3) x *= load(buffers_.now->v_factor + j);
       if constexpr (std::is_same_v<A, float>) store(p + j, x);
       else store(s + j, x);
     }
@@ -283,7 +291,7 @@ class Tile {
   void weigh(int row, float* s, W* p, int64_t key, int64_t from, int64_t to) {
     if constexpr (P::BY_TILES) {
       masked(row, s, key, from, to);
-      const float* v_factor = in_.v_scale_kind == 3 ? now_->v_factor + from : nullptr;
+      const float* v_factor = in_.v_scale_kind == 3 ? buffers_.now->v_factor + from : nullptr;
       auto raise = [&](int, float by) { this->raise(row, p, from, by); };
       if (to - from == 64) softmax_.template weigh<1, 4>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
       else softmax_.template weigh<1, 2>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
@@ -299,7 +307,7 @@ class Tile {
 
   // Scores that a row has with keys that it may not see become -inf, after what else becomes of scores.
   void masked(int row, float* s, int64_t key, int64_t from, int64_t to) {
-    int64_t query = item_.first_token + row / item_.head_count, position = query + offset_, n = now_->n;
+    int64_t query = item_.first_token + row / item_.head_count, position = query + offset_, n = buffers_.now->n;
     if (!plain_) adjust(s, item_.first_head + row % item_.head_count, query, key, from, to);
     int64_t end = in_.causal ? std::min(position + 1 - key, n) : n, begin = in_.window ? position - in_.window + 1 - key : from;
     if (begin > from) std::fill(s + from, s + std::min(begin, to), -INF);
@@ -315,12 +323,12 @@ class Tile {
     for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
     for (int64_t i = from; i < to; i += LANES) {
       Vec x = load(s + i) * scale_;
-      if (in_.k_scale_kind == 3) x *= load(now_->k_factor + i);
+      if (in_.k_scale_kind == 3) x *= load(buffers_.now->k_factor + i);
       if (cap) x = tangent(x * inverse) * float(in_.soft_cap);
       if (slope != 0) x += (lanes + float(key + i - position)) * slope;
       store(s + i, x);
     }
-    if (in_.bias) add_bias(s, head, query, key, from, std::min<int64_t>(to, now_->n));
+    if (in_.bias) add_bias(s, head, query, key, from, std::min<int64_t>(to, buffers_.now->n));
   }
 
   void add_bias(float* s, int64_t head, int64_t query, int64_t key, int64_t from, int64_t to) const {
@@ -360,12 +368,12 @@ class Tile {
   int rows_;
   float scale_, factor_;  // of products; of scores, for powers of two
   bool paged_, plain_, packed_;  // plain_: scores are products, times scale_; packed_: values are, though rows be few
-  std::unique_ptr<char[]> memory_;
+  Buffers<P>& buffers_;
+  Parts memory_;
   A *q_, *k_, *v_, *p_;
   float *s_, *o_;
   [[no_unique_address]] typename P::Softmax softmax_;
   [[no_unique_address]] typename P::Digits digits_;
-  Keys keys_[2], *now_ = &keys_[0], *next_ = &keys_[1];
   float maximum_[P::TILE_ROWS], weight_[P::TILE_ROWS], alpha_[P::TILE_ROWS];
   bool started_[P::TILE_ROWS / P::BLOCK];  // blocks whose sums have begun
 };
