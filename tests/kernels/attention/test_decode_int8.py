@@ -44,6 +44,19 @@ def test_odd_sizes(sizes, cache):
     check(decode(head_dim=sizes[0], v_dim=sizes[1], heads=6, cache=cache, zero=True))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 64), (192, 128), (256, 256)])
+def test_every_code(sizes, rows):
+    """Without zero points and in rows of whole 64 numbers, which are looked up in tables."""
+    arguments = decode(heads=2 * rows, kv_heads=2, head_dim=sizes[0], v_dim=sizes[1], cache="tensor")
+    for name in ("k_cache", "v_cache"):
+        codes = arguments[name]
+        codes.view(-1)[:] = torch.arange(codes.numel()).to(torch.int8)
+        assert codes.unique().numel() == 256
+        codes.copy_(codes[..., torch.randperm(codes.shape[-1])])
+    check(arguments)
+
+
 @pytest.mark.parametrize("size", [12, 90, 150, 208])  # rounded to 32 they are no multiple of 64
 def test_the_most_rows_of_several_heads(size, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # which has no need to share the heads out

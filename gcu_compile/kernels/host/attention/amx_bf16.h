@@ -30,6 +30,7 @@ struct AmxBF16 : BF16 {
   using Thread = amx::Tiles;
   using Softmax = AmxSoftmax<TILE_ROWS>;
   using Digits = ::Digits;
+  static constexpr bool TABLES = false;
 
   static void pack_k(const Row* keys, int n, int dtype, int64_t dim, uint16_t* panel) {
     auto pack = dtype == I8T ? BF16::pack_k<true, STEPS, STRIP> : BF16::pack_k<false, STEPS, STRIP>;

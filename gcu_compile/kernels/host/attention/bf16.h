@@ -29,14 +29,22 @@ constexpr Words words(int kind) {
 }
 constexpr Words WORDS[3] = {words(0), words(1), words(2)};
 
+class ByteTables;
+
 struct BF16 {
   using A = uint16_t;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 2, FEW = 8, ROWS_OF_FEW = 8, STEPS = 1, STRIP = ::STRIP;
+  static constexpr int DEPTH = 2, FEW = 8, ROWS_OF_FEW = 16, STEPS = 1, STRIP = ::STRIP;
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
   struct Softmax {};
   struct Digits {};
+#if defined(__AVX512VBMI2__)
+  static constexpr bool TABLES = true;
+  using Tables = ByteTables;
+#else
+  static constexpr bool TABLES = false;
+#endif
   static constexpr const uint16_t *ODD_WORDS = WORDS[0].at, *FIRST_WORDS = WORDS[1].at, *SECOND_WORDS = WORDS[2].at;
 
   static void convert(const float* from, uint16_t* to, int64_t n) {

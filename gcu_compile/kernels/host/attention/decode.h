@@ -28,6 +28,15 @@ namespace {
   return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[8], 0x88), _mm512_shuffle_f32x4(x[0], x[8], 0xDD));
 }
 
+// of.operator()<R>(), R the power of two that so many rows fit into.
+template <class F>
+void for_rows(int rows, F of) {
+  if (rows == 1) of.template operator()<1>();
+  else if (rows == 2) of.template operator()<2>();
+  else if (rows <= 4) of.template operator()<4>();
+  else of.template operator()<8>();
+}
+
 // 32 numbers of a row; WHOLE: all of them are in it.
 template <bool BYTES, bool WHOLE>
 [[gnu::always_inline]] inline __m512i numbers_of(const Row& row, int64_t from, __mmask32 in) {
@@ -85,6 +94,8 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
   }
 }
 
+constexpr int PIECE = 32;  // keys whose values are passed over for all rows and columns before those that follow
+
 // What becomes of sums that are there: nothing is, they are multiplied by the rows' alpha, or stay.
 enum class Old { NONE, SCALED, KEPT };
 
@@ -132,7 +143,7 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
 // passed over again, for other rows or columns, is in the first cache by then.
 template <int R, int C, bool BYTES>
 void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
-  constexpr int ROWS = std::min(R, 8 / C), PIECE = 32;
+  constexpr int ROWS = std::min(R, 8 / C);
   const int64_t whole = dim / (32 * C), passes = (rows + ROWS - 1) / ROWS * (whole + (dim - 32 * C * whole + 31) / 32);
   for (int key = 0; key < n; key += PIECE) {
     const Old old = key ? Old::KEPT : alpha ? Old::SCALED : Old::NONE;
@@ -149,15 +160,6 @@ void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, f
   }
 }
 
-// of.operator()<R>(), R the power of two that so many rows fit into.
-template <class F>
-void for_rows(int rows, F of) {
-  if (rows == 1) of.template operator()<1>();
-  else if (rows == 2) of.template operator()<2>();
-  else if (rows <= 4) of.template operator()<4>();
-  else of.template operator()<8>();
-}
-
 void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Coming& coming) {
   auto run = [&]<bool BYTES>() {
     for_rows(rows, [&]<int R>() {
@@ -171,7 +173,9 @@ void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int
 void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
   auto run = [&]<bool BYTES>() {
     for_rows(rows, [&]<int R>() {
-      constexpr int MOST = BYTES ? std::min(8 / R, 4) : 4;  // bytes become numbers in every pass: all rows share one
+      // Every pass exchanges numbers, and of bytes makes them: where that costs more than the order of memory brings, all
+      // rows share one.
+      constexpr int MOST = BYTES || R == 8 ? std::min(8 / R, 4) : 4;
       auto of = dim >= 128 ? ::weigh<R, MOST, BYTES> : dim >= 64 ? ::weigh<R, std::min(MOST, 2), BYTES> : ::weigh<R, 1, BYTES>;
       of(p, rows, values, n, dim, o, ldo, alpha, coming);
     });
@@ -182,3 +186,5 @@ void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtyp
 #pragma GCC pop_options
 
 }  // namespace
+
+#include "byte_tables.h"

@@ -22,6 +22,7 @@ struct F32 {
   struct Thread {};
   struct Softmax {};
   struct Digits {};
+  static constexpr bool TABLES = false;
 
   static void copy(const Row& row, int dtype, int64_t n, float* to) {
     for (int64_t d = 0; d < n; d += LANES) store(to + d, numbers(row, dtype, d, n - d));

@@ -82,6 +82,8 @@ class Tile {
         else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
         else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
       }
+    if constexpr (P::TABLES)
+      for (int row = 0; row < rows_ && by_tables(); ++row) P::Tables::settle(o_ + row * ldo_, ldo_);
     if (doubled() && !finite()) return false;
     if (item_.partial >= 0) keep();
     else finish_all();
@@ -209,10 +211,21 @@ class Tile {
         else P::weigh_packed(p_, at.v, at.n, in_.v_dim, v_, o_, ldo_, alpha, coming);
       }
     } else if constexpr (P::FEW > 0) {
-      P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, coming);
+      if constexpr (P::TABLES) {
+        if (by_tables()) P::Tables::scores(turned(), rows_, at.k, at.n, d_, s_, coming);
+      }
+      if (!by_tables()) P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, coming);
       for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
+      if constexpr (P::TABLES) {
+        if (by_tables()) return P::Tables::weigh(p_, rows_, at.v, at.n, in_.v_dim, o_, ldo_, alpha, coming);
+      }
       P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, coming);
     }
+  }
+
+  bool by_tables() const {
+    if constexpr (P::TABLES) return P::Tables::takes(in_, rows_);
+    return false;
   }
 
   bool digits() const { return P::BY_TILES && in_.cache_dtype == I8T && rows_ <= P::FEW; }
@@ -239,6 +252,8 @@ class Tile {
       int64_t at = (paged_ ? start_ * in_.q_at.token : item_.sequence * in_.q_at.outer) + token * in_.q_at.token + head * in_.q_at.head;
       P::copy({static_cast<const char*>(in_.q) + at * size, 0}, in_.dtype, in_.head_dim, q_ + row * d_);
     }
+    if constexpr (P::TABLES)
+      if (by_tables()) return P::Tables::order(q_, rows_, d_, turned());
     if constexpr (P::BY_TILES) {
       if (rows_ > P::FEW) return;
       if (digits()) return digits_.load(q_, rows_, d_, reinterpret_cast<int8_t*>(turned()));
