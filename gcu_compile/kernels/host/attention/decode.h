@@ -143,11 +143,11 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
 // passed over again, for other rows or columns, is in the first cache by then.
 template <int R, int C, bool BYTES>
 void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
-  constexpr int ROWS = std::min(R, 8 / C);
+  constexpr int ROWS = std::min(R, 8 / C), KEYS = BYTES ? TILE_KEYS_DECODE : PIECE;
   const int64_t whole = dim / (32 * C), passes = (rows + ROWS - 1) / ROWS * (whole + (dim - 32 * C * whole + 31) / 32);
-  for (int key = 0; key < n; key += PIECE) {
+  for (int key = 0; key < n; key += KEYS) {
     const Old old = key ? Old::KEPT : alpha ? Old::SCALED : Old::NONE;
-    const int count = std::min(PIECE, n - key);
+    const int count = std::min(KEYS, n - key);
     int64_t pass = 0;
     for (int r = 0; r < rows; r += ROWS) {
       auto columns = [&](auto add, int64_t d) {

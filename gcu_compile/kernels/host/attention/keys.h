@@ -133,7 +133,7 @@ class Fetched {
 };
 
 // How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
-// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 5), 24 KB
+// so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 4), 24 KB
 // into the second, and 4 KB from there: the first takes too few lines at a time from memory, whose time and that of
 // arithmetic would add up.
 constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;

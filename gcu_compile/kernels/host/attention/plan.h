@@ -74,11 +74,12 @@ std::vector<Item> plan(const Arguments& in, std::vector<std::vector<Item>>& spli
   auto work = [](const Item& i) { return (i.last_key - i.first_key) * (i.rows() + 16) * i.kv_heads; };
   int64_t sum = 0;
   for (const Item& item : items) sum += work(item);
-  // An item that would keep one thread busy for longer than a quarter of its share is cut: its keys, then its heads.
+  // An item that would keep one thread busy for longer than a quarter of its share is cut; one of several KV heads for
+  // longer than half of it (the last ones are cut anyway): its keys, then its heads.
   std::vector<Item> result;
   for (const Item& item : items) {
     const int64_t keys = item.last_key - item.first_key;
-    const int64_t wanted = in.threads > 1 ? 4 * in.threads * work(item) / std::max<int64_t>(sum, 1) : 1;
+    const int64_t wanted = in.threads > 1 ? (item.kv_heads > 1 ? 2 : 4) * in.threads * work(item) / std::max<int64_t>(sum, 1) : 1;
     const int64_t parts = std::clamp<int64_t>(std::min(keys / PART_KEYS, wanted), 1, wanted);
     const int64_t heads = std::clamp<int64_t>(item.kv_heads * parts / std::max<int64_t>(wanted, 1), 1, item.kv_heads);
     const int64_t size = parts > 1 ? rounded((keys + parts - 1) / parts, TILE_KEYS_DECODE) : std::max<int64_t>(keys, 1);
