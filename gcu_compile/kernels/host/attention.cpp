@@ -1,13 +1,14 @@
 // Attention of dense tensors and of a paged KV cache; see attention/dense.py and attention/paged.py for the meaning.
 //
 //   work item = (sequence, KV head, tile of query rows, part of the keys); a row is one query of one head, so that
-//   the heads which share a KV head share its packed keys and values
+//   the heads which share a KV head share its packed keys and values; KV heads with few rows are one item (worker.h)
 //   -> for each tile of keys: pack K transposed and V -> S = Q K^T -> softmax, online -> O = alpha O + P V
 //   -> O / sum; parts of the keys are merged afterwards
 //
 // Three arithmetics: F32 (any instruction set, GCC vectors), and for bfloat16 queries on a bfloat16 or int8 cache, with
-// float32 sums, AmxBF16 (products of tiles, in builds for AMX) and BF16 (AVX512-BF16 dot products). Integers up to 256 are exact in bfloat16, so int8 caches are read
-// exactly, and their scales multiply scores, weights or the result in float32.
+// float32 sums, AmxBF16 (products of tiles, in builds for AMX) and BF16 (AVX512-BF16 dot products). Integers up to 256
+// are exact in bfloat16, so int8 caches are read exactly, and their scales multiply scores, weights or the result in
+// float32.
 //
 // The headers' code has internal linkage: builds for several instruction sets can be loaded into one process, and its
 // loader would otherwise merge the static tables of their templates (STB_GNU_UNIQUE).

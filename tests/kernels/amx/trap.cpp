@@ -117,10 +117,11 @@ void illegal(int, siginfo_t*, void* context) {
 
 }  // namespace
 
-// Begins the emulation, in all threads; faults are told to the file `errors`. Each is ended by a call of its own.
+// Begins the emulation, in all threads; faults are told to the file `errors` of the first. Each is ended by a
+// call of its own.
 extern "C" void amx_begin(int errors) {
-  emulated::errors = errors;
   if (running++) return;
+  emulated::errors = errors;
   struct sigaction ours = {};
   ours.sa_sigaction = illegal;
   ours.sa_flags = SA_SIGINFO | SA_NODEFER;

@@ -226,6 +226,18 @@ def test_a_value_that_is_not_finite_stays_in_its_column(isa, dtype, heads, value
     torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 300), equal_nan=True)
 
 
+@pytest.mark.parametrize("length", [1, 17, 33, 129])  # the last key of a pair is alone
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_infinity_of_the_last_value_stays_one(isa, length, use_isa):
+    use_isa(isa)
+    batch = case([length], [1], heads=4, kv_heads=1, head_dim=64, dtype=torch.bfloat16, block_size=16)
+    block = batch.arguments["block_table"][0, (length - 1) // 16]
+    batch.arguments["v_cache"][block, 0, (length - 1) % 16, 5] = torch.inf
+    got = torch.ops.gcu.paged_attention(**batch.arguments)
+    expected = paged.eager(**double(batch.arguments))
+    torch.testing.assert_close(got.double(), expected, **tolerance(torch.bfloat16, length))
+
+
 @pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("queries", [1, 40])
 def test_scales_of_heads_that_are_not_adjacent(isa, queries, use_isa):

@@ -36,3 +36,6 @@ struct Arguments {
   int8_t* quantised;       // [tokens, heads, v_dim], or null
   float* quantised_scale;  // [tokens]
 };
+
+// Bytes of a number of the cache.
+inline int64_t size_of_number(const Arguments& in) { return in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2; }

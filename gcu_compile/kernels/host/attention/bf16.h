@@ -34,7 +34,8 @@ class ByteTables;
 struct BF16 {
   using A = uint16_t;
   static constexpr bool BY_TILES = false;
-  static constexpr int DEPTH = 2, FEW = 8, ROWS_OF_FEW = 16, STEPS = 1, STRIP = ::STRIP;
+  static constexpr int DEPTH = 2, FEW = 8, STEPS = 1, STRIP = ::STRIP;
+  static constexpr int ROWS_OF_FEW = 16;  // their queries: as they are, and in the order of `ByteTables`
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
   struct Softmax {};

@@ -57,7 +57,7 @@ template <int R, bool BYTES, bool WHOLE>
   }
 }
 
-// CHUNKS: of 32 numbers, those of a row, for the queries to stay in registers; 0: any number of them.
+// CHUNKS: of 32 numbers, those of a row, so that most of the queries stay in registers; 0: any number of them.
 template <int R, int CHUNKS, bool BYTES>
 void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int64_t dim, float* s, Coming& coming) {
   constexpr int K = 16 / R;
@@ -114,12 +114,14 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
   int64_t turn = pass;
   for (int key = 0; key < n; key += 2) {
     if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
-    Row even = values[key], odd = values[std::min(key + 1, n - 1)];  // its weight is 0 past the end
+    const bool alone = key + 1 == n;
+    const Row even = values[key], odd = values[key + !alone];
     __m512bh columns[2 * C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       __mmask32 in = WHOLE ? ~0u : BF16::first(dim - d - 32 * c);
-      __m512i a = numbers_of<BYTES, WHOLE>(even, d + 32 * c, in), b = numbers_of<BYTES, WHOLE>(odd, d + 32 * c, in);
+      const __m512i a = numbers_of<BYTES, WHOLE>(even, d + 32 * c, in);
+      const __m512i b = alone ? _mm512_setzero_si512() : numbers_of<BYTES, WHOLE>(odd, d + 32 * c, in);
       columns[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, first, b);
       columns[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, second, b);
     }

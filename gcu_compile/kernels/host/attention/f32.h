@@ -2,7 +2,8 @@
 //
 // What an arithmetic does: hold rows of Q or P as `A`, pack K and V, multiply. It names the rows of a work item (TILE_ROWS
 // at most; at least LEAST_ROWS before more items are worth more), those that go from scores to weights at once (BLOCK),
-// and what a thread holds meanwhile (Thread). Panels are cut into strips of STRIP
+// and what a thread holds meanwhile (Thread). Up to FEW rows go another way, for which queries take the place of
+// ROWS_OF_FEW rows; TABLES and `Digits` are ways of their own for int8. Panels are cut into strips of STRIP
 // columns (the last one into whole vectors); a strip is [step][column], a step being one or two products deep.
 #pragma once
 

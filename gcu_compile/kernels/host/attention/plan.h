@@ -10,15 +10,17 @@
 
 namespace {
 
-// One work item: the queries of one KV head, or, where those are few, of several KV heads side by side.
+// One work item: the queries of one KV head, or, where those are few, of several KV heads side by side. What it says of
+// heads, and of its partial result, is the first one's.
 struct Item {
   int64_t sequence, kv_head, first_head, head_count, first_token, token_count;  // tokens within the sequence
   int64_t first_key, last_key;  // half open
   int64_t partial;              // index of its partial result, or -1: writes the output itself
-  int64_t kv_heads = 1;         // side by side; what else is said is the first one's
+  int64_t kv_heads = 1;         // side by side
 
   int64_t rows() const { return head_count * token_count; }  // of a KV head
 
+  // The i-th KV head alone, or the first of those from there on.
   Item of(int64_t i) const {
     Item one = *this;
     one.kv_head += i, one.first_head += i * head_count, one.kv_heads = 1;
@@ -79,9 +81,10 @@ std::vector<Item> plan(const Arguments& in, std::vector<std::vector<Item>>& spli
   std::vector<Item> result;
   for (const Item& item : items) {
     const int64_t keys = item.last_key - item.first_key;
-    const int64_t wanted = in.threads > 1 ? (item.kv_heads > 1 ? 2 : 4) * in.threads * work(item) / std::max<int64_t>(sum, 1) : 1;
-    const int64_t parts = std::clamp<int64_t>(std::min(keys / PART_KEYS, wanted), 1, wanted);
-    const int64_t heads = std::clamp<int64_t>(item.kv_heads * parts / std::max<int64_t>(wanted, 1), 1, item.kv_heads);
+    const int64_t shares = in.threads > 1 ? (item.kv_heads > 1 ? 2 : 4) * in.threads : 1;
+    const int64_t wanted = std::max<int64_t>(1, shares * work(item) / std::max<int64_t>(sum, 1));
+    const int64_t parts = std::max<int64_t>(1, std::min(keys / PART_KEYS, wanted));
+    const int64_t heads = std::max<int64_t>(1, item.kv_heads * parts / wanted);
     const int64_t size = parts > 1 ? rounded((keys + parts - 1) / parts, TILE_KEYS_DECODE) : std::max<int64_t>(keys, 1);
     for (int64_t head = 0; head < item.kv_heads; head += heads) {
       Item some = item.of(head);
@@ -98,7 +101,8 @@ std::vector<Item> plan(const Arguments& in, std::vector<std::vector<Item>>& spli
   }
   std::stable_sort(result.begin(), result.end(), [&](const Item& a, const Item& b) { return work(a) > work(b); });
   // The last ones in pieces, so that threads come to their ends together.
-  for (size_t at = result.size() - std::min<size_t>(result.size(), in.threads), end = result.size(); at < end; ++at) {
+  const size_t last = in.threads > 1 ? std::min<size_t>(result.size(), in.threads) : 0;
+  for (size_t at = result.size() - last, end = result.size(); at < end; ++at) {
     const Item item = result[at];
     result[at].kv_heads = std::min<int64_t>(item.kv_heads, LAST_HEADS);
     for (int64_t head = LAST_HEADS; head < item.kv_heads; head += LAST_HEADS) {

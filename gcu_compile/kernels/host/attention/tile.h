@@ -30,6 +30,8 @@ struct Buffers {
     memory.allocate();
   }
 
+  Buffers(const Buffers&) = delete;
+
   Parts memory;
   A *k, *v, *p;
   float* s;
@@ -44,7 +46,7 @@ class Tile {
   // rows: of queries, at most.
   Tile(const Arguments& in, Partials& partials, Buffers<P>& buffers, int64_t rows)
       : in_(in), partials_(partials), buffers_(buffers), k_(buffers.k), v_(buffers.v), p_(buffers.p), s_(buffers.s) {
-    size_ = in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2;
+    size_ = size_of_number(in);
     d_ = rounded(in.head_dim, 2 * LANES), dv_ = rounded(in.v_dim, LANES);
     memory_.take(q_, rows * rounded(d_, 64)), memory_.take(o_, rows * rounded(in.v_dim, 64));
     memory_.allocate();

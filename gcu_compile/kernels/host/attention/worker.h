@@ -5,7 +5,9 @@
 // memory at every one (measured: docs/attention.md).
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tile.h"
@@ -16,7 +18,7 @@ template <class P>
 class Worker {
  public:
   Worker(const Arguments& in, Partials& partials) : in_(in), partials_(partials), buffers_(in) {
-    size_ = in.cache_dtype == F32T ? 4 : in.cache_dtype == I8T ? 1 : 2;
+    size_ = size_of_number(in);
     tiles_.push_back(std::make_unique<Tile<P>>(in, partials, buffers_, P::TILE_ROWS));
   }
 
