@@ -63,10 +63,10 @@ def emulated(errors: int = 2):
     trap = library("trap", "avx512")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_has_amx", lambda: True)
-        trap.amx_begin(errors)
+        around = trap.amx_begin(errors)
         try:
             yield
         finally:
-            trap.amx_end()
+            trap.amx_end(around)
             build._load.cache_clear()
             build._load_for.cache_clear()

@@ -209,7 +209,7 @@ def test_the_emulation_ends(monkeypatch):
     fault, trap = instructions().fault, amx_emulation.library("trap", "avx512")
     inside = build.load("int8_gemm")
     assert "-amx-" in inside._name
-    assert ends(lambda: (trap.amx_end(), trap.amx_end(), fault(at(config(**GOOD)), 0))) == (signal.SIGILL, "")
+    assert ends(lambda: (trap.amx_end(2), trap.amx_end(2), fault(at(config(**GOOD)), 0))) == (signal.SIGILL, "")
     with amx_emulation.emulated():
         assert "amx" in build.available()
     assert build._load_for.cache_info().currsize == build._load.cache_info().currsize == 0

@@ -117,18 +117,21 @@ void illegal(int, siginfo_t*, void* context) {
 
 }  // namespace
 
-// Begins the emulation, in all threads; faults are told to the file `errors` of the first. Each is ended by a
-// call of its own.
-extern "C" void amx_begin(int errors) {
-  if (running++) return;
+// Begins the emulation, in all threads; faults are told to the file `errors` until it ends. Each is ended by a call of
+// its own, with what this returned: the file of the emulation around it.
+extern "C" int amx_begin(int errors) {
+  const int around = emulated::errors;
   emulated::errors = errors;
+  if (running++) return around;
   struct sigaction ours = {};
   ours.sa_sigaction = illegal;
   ours.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGILL, &ours, &before);
+  return around;
 }
 
-extern "C" void amx_end() {
+extern "C" void amx_end(int around) {
+  emulated::errors = around;
   if (--running == 0) sigaction(SIGILL, &before, nullptr);
 }
 
