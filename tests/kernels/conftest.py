@@ -20,7 +20,7 @@ def use_isa(monkeypatch, request):
 def amx(request):
     """Kernels are built for AMX in the whole of a module, which is skipped where that can in no way be."""
     if resolve().host_isa not in ("auto", "amx"):
-        pytest.skip("host_isa is another")
+        pytest.skip(f"option host_isa is {resolve().host_isa}, and this module is for AMX")
     if not amx_emulation.TILED:
         pytest.skip(amx_emulation.refusal())
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:

@@ -4,10 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from gcu_compile.kernels.host import build
-
-ISAS = build.available()
-
 
 @dataclass
 class Case:

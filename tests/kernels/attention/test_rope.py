@@ -3,11 +3,11 @@
 import pytest
 import torch
 from covering import pairwise
-from paged_case import ISAS
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.attention import rope, write
+from gcu_compile.kernels.host import build
 from gcu_compile.kernels.tolerance import tolerance
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, BLOCKS, BLOCK_SIZE = 9, 6, 2, 32, 4, 16
@@ -96,7 +96,7 @@ def test_int8_writes_are_within_half_a_step(kind):
 
 HOST = pairwise(
     {
-        "isa": ISAS,
+        "isa": build.available(),
         "dtype": [torch.float32, torch.bfloat16, torch.float16],
         "cache": ["float", "tensor", "head", "zero", "token_head"],
         "rotary": [HEAD_DIM, 12, 0],
@@ -141,7 +141,7 @@ def test_host_covering_array(row, monkeypatch):
         assert ((back - exact).abs() <= 0.5 * scale + 1e-5 * exact.abs()).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", build.available())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_that_go_straight_from_input_to_cache(isa, dtype, monkeypatch):
     """No norm, nothing to quantise, a rotation in halves of whole vectors: the kernel's short way."""

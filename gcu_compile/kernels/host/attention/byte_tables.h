@@ -112,9 +112,7 @@ class ByteTables {
             sum[r * K + k] = _mm512_dpbf16_ps(sum[r * K + k], (__m512bh)second, (__m512bh)_mm512_loadu_si512(q + r * d + c + 32));
           }
         }
-      alignas(64) float values[16];
-      _mm512_store_ps(values, sums(sum));
-      for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
+      store_scores<K>(sum, rows, s + key);
     }
   }
 
@@ -122,15 +120,8 @@ class ByteTables {
   template <int R>
   static void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t d, float* o, int64_t ldo, Old old, const float* alpha,
                           Coming& coming, int64_t pass, int64_t passes) {
-    __m512 sum[R][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const bool is = old != Old::NONE && r < rows;
-        sum[r][i] = is ? _mm512_loadu_ps(o + r * ldo + 16 * i) : _mm512_setzero_ps();
-        if (is && old == Old::SCALED) sum[r][i] = _mm512_mul_ps(sum[r][i], _mm512_set1_ps(alpha[r]));
-      }
+    __m512 sum[R * 4];
+    load_sums<R, 4, true>(sum, o, rows, CHUNK, ldo, old, alpha);
     int64_t turn = pass;
     for (int key = 0; key < n; key += 2) {
       if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
@@ -144,14 +135,10 @@ class ByteTables {
         int32_t pair;
         std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], (__m512bh)_mm512_set1_epi32(pair), columns[i]);
+        for (int i = 0; i < 4; ++i) sum[4 * r + i] = _mm512_dpbf16_ps(sum[4 * r + i], (__m512bh)_mm512_set1_epi32(pair), columns[i]);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        if (r < rows) _mm512_storeu_ps(o + r * ldo + 16 * i, sum[r][i]);
+    store_sums<R, 4, true>(sum, o, rows, CHUNK, ldo);
   }
 };
 

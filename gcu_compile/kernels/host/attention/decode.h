@@ -28,6 +28,14 @@ namespace {
   return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[8], 0x88), _mm512_shuffle_f32x4(x[0], x[8], 0xDD));
 }
 
+// Scores of K keys from 16 vectors of partial sums, row by row, rows TILE_KEYS apart.
+template <int K>
+[[gnu::always_inline]] inline void store_scores(__m512 (&sum)[16], int rows, float* s) {
+  alignas(64) float values[16];
+  _mm512_store_ps(values, sums(sum));
+  for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS, values + r * K, 4 * K);
+}
+
 // of.operator()<R>(), R the power of two that so many rows fit into.
 template <class F>
 void for_rows(int rows, F of) {
@@ -88,9 +96,7 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
       for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
       if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
     }
-    alignas(64) float values[16];
-    _mm512_store_ps(values, sums(sum));
-    for (int r = 0; r < rows; ++r) std::memcpy(s + r * TILE_KEYS + key, values + r * K, 4 * K);
+    store_scores<K>(sum, rows, s + key);
   }
 }
 
@@ -99,18 +105,33 @@ constexpr int PIECE = 32;  // keys whose values are passed over for all rows and
 // What becomes of sums that are there: nothing is, they are multiplied by the rows' alpha, or stay.
 enum class Old { NONE, SCALED, KEPT };
 
+// R rows of V vectors of sums, which begin at `o`; of the row `left` columns are there.
+template <int R, int V, bool WHOLE>
+[[gnu::always_inline]] inline void load_sums(__m512 (&sum)[R * V], const float* o, int rows, int64_t left, int64_t ldo, Old old, const float* alpha) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) {
+    const int r = i / V, v = i % V;
+    const bool is = old != Old::NONE && r < rows && (WHOLE || 16 * v < left);
+    sum[i] = is ? _mm512_loadu_ps(o + r * ldo + 16 * v) : _mm512_setzero_ps();
+    if (is && old == Old::SCALED) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(alpha[r]));
+  }
+}
+
+template <int R, int V, bool WHOLE>
+[[gnu::always_inline]] inline void store_sums(const __m512 (&sum)[R * V], float* o, int rows, int64_t left, int64_t ldo) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) {
+    const int r = i / V, v = i % V;
+    if (r < rows && (WHOLE || 16 * v < left)) _mm512_storeu_ps(o + r * ldo + 16 * v, sum[i]);
+  }
+}
+
 // Columns d to d + 32 C of R output rows: the `pass`-th pass over the values of `passes`.
 template <int R, int C, bool BYTES, bool WHOLE>
 void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, Old old, const float* alpha, Coming& coming, int64_t pass, int64_t passes) {
   const __m512i first = _mm512_load_si512(BF16::FIRST_WORDS), second = _mm512_load_si512(BF16::SECOND_WORDS);
   __m512 sum[R * 2 * C];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * 2 * C; ++i) {
-    const int r = i / (2 * C), c = i % (2 * C);
-    const bool is = old != Old::NONE && r < rows && (WHOLE || d + 16 * c < ldo);
-    sum[i] = is ? _mm512_loadu_ps(o + r * ldo + d + 16 * c) : _mm512_setzero_ps();
-    if (is && old == Old::SCALED) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(alpha[r]));
-  }
+  load_sums<R, 2 * C, WHOLE>(sum, o + d, rows, ldo - d, ldo, old, alpha);
   int64_t turn = pass;
   for (int key = 0; key < n; key += 2) {
     if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
@@ -134,11 +155,7 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
       for (int c = 0; c < 2 * C; ++c) sum[r * 2 * C + c] = _mm512_dpbf16_ps(sum[r * 2 * C + c], x, columns[c]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < R * 2 * C; ++i) {
-    const int r = i / (2 * C), c = i % (2 * C);
-    if (r < rows && (WHOLE || d + 16 * c < ldo)) _mm512_storeu_ps(o + r * ldo + d + 16 * c, sum[i]);
-  }
+  store_sums<R, 2 * C, WHOLE>(sum, o + d, rows, ldo - d, ldo);
 }
 
 // C: columns of 32 at once. As many rows at once as then fit into registers, and a few keys after the other: what is

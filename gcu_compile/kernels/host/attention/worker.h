@@ -44,7 +44,7 @@ class Worker {
     for (Keys& keys : buffers_.keys) keys.prepare(in_, item);
     auto locate = [&](int64_t key, int64_t head) {
       const Item one = item.of(head);
-      if (item.kv_heads > 1) next->prepare(in_, one);
+      if (item.kv_heads > 1 && (in_.k_scale_kind == 2 || in_.v_scale_kind == 2)) next->prepare(in_, one);  // of each head
       next->locate(in_, one, size_, key, step);
     };
     locate(item.first_key, 0);
