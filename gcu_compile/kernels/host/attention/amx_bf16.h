@@ -11,7 +11,6 @@
 
 #include "../amx.h"
 #include "amx_digits.h"
-#include "amx_softmax.h"
 #include "bf16.h"
 #include "keys.h"
 #include "matmul.h"
@@ -28,7 +27,7 @@ struct AmxBF16 : BF16 {
   static constexpr int BLOCK = 32;                        // rows whose scores stay in L1 until they are weights
   static constexpr int STEPS = 16, STRIP = 32;            // of panels: whole tiles, two side by side
   using Thread = amx::Tiles;
-  using Softmax = AmxSoftmax<TILE_ROWS>;
+  using Softmax = LazySoftmax<TILE_ROWS>;
   using Digits = ::Digits;
   static constexpr bool TABLES = false;
 
@@ -86,17 +85,6 @@ struct AmxBF16 : BF16 {
       } else {  // a strip of 16 columns, in their own order
         _mm512_storeu_si512(panel + 2 * (steps * d + 16 * s), _mm512_permutex2var_epi16(x, _mm512_load_si512(FIRST_WORDS), y));
       }
-    }
-  }
-
-  // Sums of a row of n columns in the order of the columns.
-  static void settle(float* o, int64_t n) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (; n >= 32; n -= 32, o += 32) {
-      __m512 a = _mm512_loadu_ps(o), b = _mm512_loadu_ps(o + 16);
-      _mm512_storeu_ps(o, _mm512_permutex2var_ps(a, low, b));
-      _mm512_storeu_ps(o + 16, _mm512_permutex2var_ps(a, high, b));
     }
   }
 

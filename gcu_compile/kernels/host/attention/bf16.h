@@ -13,13 +13,14 @@
 #include <utility>
 
 #include "keys.h"
+#include "lazy_softmax.h"
 #include "matmul.h"
 #include "rows.h"
 
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 // Word i of a result: the high half of float32 i; words of a and b side by side, first and second 16.
 struct Words { alignas(64) uint16_t at[32]; };
 constexpr Words words(int kind) {
@@ -38,7 +39,7 @@ struct BF16 {
   static constexpr int ROWS_OF_FEW = 16;  // their queries: as they are, and in the order of `ByteTables`
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
-  struct Softmax {};
+  using Softmax = LazySoftmax<FEW>;  // of few rows
   struct Digits {};
 #if defined(__AVX512VBMI2__)
   static constexpr bool TABLES = true;
@@ -151,13 +152,27 @@ struct BF16 {
     }
   }
 
+  // Sums of a row of n columns, by groups of 32 in the order of `_mm512_unpacklo_epi16` and `_mm512_unpackhi_epi16`, in the order
+  // of the columns; fewer than 32 at the end are in it already.
+  static void settle(float* o, int64_t n) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (; n >= 32; n -= 32, o += 32) {
+      __m512 a = _mm512_loadu_ps(o), b = _mm512_loadu_ps(o + 16);
+      _mm512_storeu_ps(o, _mm512_permutex2var_ps(a, low, b));
+      _mm512_storeu_ps(o + 16, _mm512_permutex2var_ps(a, high, b));
+    }
+  }
+
   static void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, int dtype, int64_t dim, float* s, Coming& coming);
-  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming);
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming);
 };
 #pragma GCC pop_options
 
 }  // namespace
 
+#ifndef __AMX_TILE__  // which has its own way for few rows
 #include "decode.h"
+#endif
 
 #endif

@@ -20,7 +20,7 @@
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512vbmi")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq,avx512vbmi")
 
 // One byte each of the bfloat16 numbers 0 to 127.
 struct ByteTable { alignas(64) uint8_t at[128]; };
@@ -56,15 +56,14 @@ class ByteTables {
     });
   }
 
-  // o = alpha o + p V, columns in an order that `settle` undoes; alpha null: o has nothing yet.
-  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
-    const int64_t passes = dim / CHUNK;
+  // o = p V, or with `add` o += p V, columns in an order that `settle` undoes.
+  static void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming) {
+    const int64_t passes = dim / CHUNK, pair = 2 * (Coming::ROW - Coming::LEFT) / passes;
     for (int from = 0; from < n; from += PIECE) {
-      const Old old = from ? Old::KEPT : alpha ? Old::SCALED : Old::NONE;
       for_rows(rows, [&]<int R>() {
         if constexpr (R <= ROWS)
           for (int64_t pass = 0; pass < passes; ++pass)
-            add_weighed<R>(p + from, rows, values + from, std::min(PIECE, n - from), pass * CHUNK, o + pass * CHUNK, ldo, old, alpha, coming, pass, passes);
+            add_weighed<R>(p + from, rows, values + from, std::min(PIECE, n - from), pass * CHUNK, o + pass * CHUNK, ldo, add || from, coming, pair);
       });
     }
   }
@@ -97,7 +96,7 @@ class ByteTables {
   static void scores(const uint16_t* q, int rows, const Row* keys, int n, int64_t d, float* s, Coming& coming) {
     constexpr int K = 16 / R;
     for (int key = 0; key < n; key += K) {
-      coming.fetch<K>();
+      coming.advance<std::min(K, 4)>(K * (Coming::ROW - Coming::LEFT));
       __m512 sum[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
@@ -116,15 +115,14 @@ class ByteTables {
     }
   }
 
-  // 64 columns of R rows: the `pass`-th pass over the values of `passes`.
+  // 64 columns of R rows. pair: what two keys let `coming` advance.
   template <int R>
-  static void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t d, float* o, int64_t ldo, Old old, const float* alpha,
-                          Coming& coming, int64_t pass, int64_t passes) {
+  static void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t d, float* o, int64_t ldo, bool add,
+                          Coming& coming, int64_t pair) {
     __m512 sum[R * 4];
-    load_sums<R, 4, true>(sum, o, rows, CHUNK, ldo, old, alpha);
-    int64_t turn = pass;
+    load_sums<R, 4, true>(sum, o, rows, CHUNK, ldo, add);
     for (int key = 0; key < n; key += 2) {
-      if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
+      coming.advance<4>(pair);
       __m512i a, b, c, e;
       read(values[key].at + d, a, b);
       read(values[std::min(key + 1, n - 1)].at + d, c, e);  // its weight is 0 past the end
@@ -132,10 +130,10 @@ class ByteTables {
                                   (__m512bh)_mm512_unpacklo_epi16(b, e), (__m512bh)_mm512_unpackhi_epi16(b, e)};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
+        int32_t weights;
+        std::memcpy(&weights, p + r * TILE_KEYS + key, 4);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[4 * r + i] = _mm512_dpbf16_ps(sum[4 * r + i], (__m512bh)_mm512_set1_epi32(pair), columns[i]);
+        for (int i = 0; i < 4; ++i) sum[4 * r + i] = _mm512_dpbf16_ps(sum[4 * r + i], (__m512bh)_mm512_set1_epi32(weights), columns[i]);
       }
     }
     store_sums<R, 4, true>(sum, o, rows, CHUNK, ldo);

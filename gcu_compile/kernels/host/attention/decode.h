@@ -12,7 +12,7 @@
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
 // Lane i of the result: the sum of x[i].
 [[gnu::always_inline]] inline __m512 sums(__m512 (&x)[16]) {
@@ -76,7 +76,6 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
 #pragma GCC unroll 8
     for (int c = 0; c < CHUNKS; ++c) held[r][c] = (__m512bh)_mm512_loadu_si512(q + r * ldq + 32 * c);
   for (int key = 0; key < n; key += K) {
-    coming.fetch<K>();
     Row at[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) at[k] = keys[std::min(key + k, n - 1)];
@@ -85,14 +84,17 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
     for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
     if constexpr (CHUNKS > 0) {
 #pragma GCC unroll 16
-      for (int k = 0; k < K; ++k)  // key by key, in the order of memory
+      for (int k = 0; k < K; ++k) {  // key by key, in the order of memory
+        coming.advance<(BYTES ? 8 : 4) / CHUNKS>(Coming::ROW - Coming::LEFT);
 #pragma GCC unroll 8
         for (int c = 0; c < CHUNKS; ++c) {
           const __m512bh x = (__m512bh)numbers_of<BYTES, true>(at[k], 32 * c, ~0u);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) sum[r * K + k] = _mm512_dpbf16_ps(sum[r * K + k], held[r][c], x);
         }
+      }
     } else {
+      coming.advance<std::min(K, 4)>(K * (Coming::ROW - Coming::LEFT));
       for (int64_t d = 0; d < whole; d += 32) add_products<R, BYTES, true>(sum, q, ldq, at, d, ~0u);
       if (whole < dim) add_products<R, BYTES, false>(sum, q, ldq, at, whole, BF16::first(dim - whole));
     }
@@ -102,18 +104,13 @@ void scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int n, in
 
 constexpr int PIECE = 32;  // keys whose values are passed over for all rows and columns before those that follow
 
-// What becomes of sums that are there: nothing is, they are multiplied by the rows' alpha, or stay.
-enum class Old { NONE, SCALED, KEPT };
-
-// R rows of V vectors of sums, which begin at `o`; of the row `left` columns are there.
+// R rows of V vectors of sums, which begin at `o`; of the row `left` columns are there. add: to what they are.
 template <int R, int V, bool WHOLE>
-[[gnu::always_inline]] inline void load_sums(__m512 (&sum)[R * V], const float* o, int rows, int64_t left, int64_t ldo, Old old, const float* alpha) {
+[[gnu::always_inline]] inline void load_sums(__m512 (&sum)[R * V], const float* o, int rows, int64_t left, int64_t ldo, bool add) {
 #pragma GCC unroll 16
   for (int i = 0; i < R * V; ++i) {
     const int r = i / V, v = i % V;
-    const bool is = old != Old::NONE && r < rows && (WHOLE || 16 * v < left);
-    sum[i] = is ? _mm512_loadu_ps(o + r * ldo + 16 * v) : _mm512_setzero_ps();
-    if (is && old == Old::SCALED) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(alpha[r]));
+    sum[i] = add && r < rows && (WHOLE || 16 * v < left) ? _mm512_loadu_ps(o + r * ldo + 16 * v) : _mm512_setzero_ps();
   }
 }
 
@@ -126,15 +123,15 @@ template <int R, int V, bool WHOLE>
   }
 }
 
-// Columns d to d + 32 C of R output rows: the `pass`-th pass over the values of `passes`.
+// Columns d to d + 32 C of R output rows. pair: what two keys let `coming` advance; WHOLE: all columns are there.
 template <int R, int C, bool BYTES, bool WHOLE>
-void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, Old old, const float* alpha, Coming& coming, int64_t pass, int64_t passes) {
+void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, int64_t d, float* o, int64_t ldo, bool add, Coming& coming, int64_t pair) {
   const __m512i first = _mm512_load_si512(BF16::FIRST_WORDS), second = _mm512_load_si512(BF16::SECOND_WORDS);
+  const bool in_order = !WHOLE && dim - d <= 16;  // see `settle`
   __m512 sum[R * 2 * C];
-  load_sums<R, 2 * C, WHOLE>(sum, o + d, rows, ldo - d, ldo, old, alpha);
-  int64_t turn = pass;
+  load_sums<R, 2 * C, WHOLE>(sum, o + d, rows, ldo - d, ldo, add);
   for (int key = 0; key < n; key += 2) {
-    if (--turn < 0) coming.fetch<2>(), turn = passes - 1;
+    coming.advance<BYTES ? 4 : 2>(pair);
     const bool alone = key + 1 == n;
     const Row even = values[key], odd = values[key + !alone];
     __m512bh columns[2 * C];
@@ -143,14 +140,14 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
       __mmask32 in = WHOLE ? ~0u : BF16::first(dim - d - 32 * c);
       const __m512i a = numbers_of<BYTES, WHOLE>(even, d + 32 * c, in);
       const __m512i b = alone ? _mm512_setzero_si512() : numbers_of<BYTES, WHOLE>(odd, d + 32 * c, in);
-      columns[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, first, b);
-      columns[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, second, b);
+      columns[2 * c] = (__m512bh)(in_order ? _mm512_permutex2var_epi16(a, first, b) : _mm512_unpacklo_epi16(a, b));
+      columns[2 * c + 1] = (__m512bh)(in_order ? _mm512_permutex2var_epi16(a, second, b) : _mm512_unpackhi_epi16(a, b));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, p + r * TILE_KEYS + key, 4);
-      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      int32_t weights;
+      std::memcpy(&weights, p + r * TILE_KEYS + key, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(weights);
 #pragma GCC unroll 8
       for (int c = 0; c < 2 * C; ++c) sum[r * 2 * C + c] = _mm512_dpbf16_ps(sum[r * 2 * C + c], x, columns[c]);
     }
@@ -158,24 +155,19 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
   store_sums<R, 2 * C, WHOLE>(sum, o + d, rows, ldo - d, ldo);
 }
 
-// C: columns of 32 at once. As many rows at once as then fit into registers, and a few keys after the other: what is
-// passed over again, for other rows or columns, is in the first cache by then.
+// R rows, C columns of 32 at once, and a few keys after the other: what is passed over again, for other columns, is in the
+// first cache by then.
 template <int R, int C, bool BYTES>
-void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
-  constexpr int ROWS = std::min(R, 8 / C), KEYS = BYTES ? TILE_KEYS_DECODE : PIECE;
-  const int64_t whole = dim / (32 * C), passes = (rows + ROWS - 1) / ROWS * (whole + (dim - 32 * C * whole + 31) / 32);
-  for (int key = 0; key < n; key += KEYS) {
-    const Old old = key ? Old::KEPT : alpha ? Old::SCALED : Old::NONE;
-    const int count = std::min(KEYS, n - key);
-    int64_t pass = 0;
-    for (int r = 0; r < rows; r += ROWS) {
-      auto columns = [&](auto add, int64_t d) {
-        add(p + r * TILE_KEYS + key, rows - r, values + key, count, dim, d, o + r * ldo, ldo, old, alpha ? alpha + r : alpha, coming, pass++, passes);
-      };
-      int64_t d = 0;
-      for (; d + 32 * C <= dim; d += 32 * C) columns(add_weighed<ROWS, C, BYTES, true>, d);
-      for (; d < dim; d += 32) columns(add_weighed<ROWS, 1, BYTES, false>, d);
-    }
+void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming) {
+  const int64_t whole = dim / (32 * C), passes = whole + (dim - 32 * C * whole + 31) / 32;
+  const int64_t pair = 2 * (Coming::ROW - Coming::LEFT) / passes;
+  for (int key = 0; key < n; key += PIECE) {
+    auto columns = [&](auto add_columns, int64_t d) {
+      add_columns(p + key, rows, values + key, std::min(PIECE, n - key), dim, d, o, ldo, add || key, coming, pair);
+    };
+    int64_t d = 0;
+    for (; d + 32 * C <= dim; d += 32 * C) columns(add_weighed<R, C, BYTES, true>, d);
+    for (; d < dim; d += 32) columns(add_weighed<R, 1, BYTES, false>, d);
   }
 }
 
@@ -189,14 +181,12 @@ void BF16::scores(const uint16_t* q, int64_t ldq, int rows, const Row* keys, int
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();
 }
 
-void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, const float* alpha, Coming& coming) {
+void BF16::weigh(const uint16_t* p, int rows, const Row* values, int n, int dtype, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming) {
   auto run = [&]<bool BYTES>() {
     for_rows(rows, [&]<int R>() {
-      // Every pass exchanges numbers, and of bytes makes them: where that costs more than the order of memory brings, all
-      // rows share one.
-      constexpr int MOST = BYTES || R == 8 ? std::min(8 / R, 4) : 4;
+      constexpr int MOST = std::min(8 / R, 4);  // whose sums stay in registers
       auto of = dim >= 128 ? ::weigh<R, MOST, BYTES> : dim >= 64 ? ::weigh<R, std::min(MOST, 2), BYTES> : ::weigh<R, 1, BYTES>;
-      of(p, rows, values, n, dim, o, ldo, alpha, coming);
+      of(p, rows, values, n, dim, o, ldo, add, coming);
     });
   };
   dtype == I8T ? run.template operator()<true>() : run.template operator()<false>();

@@ -132,17 +132,36 @@ class Fetched {
   int at_ = 0;
 };
 
+// Rows that are due by parts, for evenly spaced ones take less time than several at once (measured).
+template <class Rows>
+class ByParts : public Rows {
+ public:
+  // A row, as a number for `advance`, and what of it is left to the softmax: memory would rest meanwhile.
+  static constexpr int64_t ROW = 1 << 16, LEFT = ROW / 16;
+
+  using Rows::Rows;
+
+  // A part of a row more is due; COUNT rows at once, so that they have a few lines.
+  template <int COUNT>
+  [[gnu::always_inline]] void advance(int64_t part) {
+    for (due_ += part; due_ >= COUNT * ROW; due_ -= COUNT * ROW) Rows::template fetch<COUNT>();
+  }
+
+ private:
+  int64_t due_ = 0;
+};
+
 // How far ahead is measured. With AMX, 4 KB into the first cache: tiles that are loaded from the second are waited for, and
 // so are many rows at once; what comes earlier is gone again where another thread shares the cache. Without (Zen 4), 24 KB
 // into the second, and 4 KB from there: the first takes too few lines at a time from memory, whose time and that of
 // arithmetic would add up.
 constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;
 #ifdef __AMX_TILE__
-using Coming = Fetched<4096, FIRST_CACHE>;
+using Coming = ByParts<Fetched<4096, FIRST_CACHE>>;
 #else
-class Coming {
+class Twice {
  public:
-  Coming(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes)
+  Twice(const Keys& now, const Keys& next, int64_t k_bytes, int64_t v_bytes)
       : far_(now, next, k_bytes, v_bytes), near_(now, next, k_bytes, v_bytes) {}
   template <int COUNT>
   [[gnu::always_inline]] void fetch() {
@@ -156,6 +175,7 @@ class Coming {
   Far far_;
   Fetched<4096, FIRST_CACHE> near_;
 };
+using Coming = ByParts<Twice>;
 #endif
 
 }  // namespace

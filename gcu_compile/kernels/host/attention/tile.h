@@ -77,15 +77,11 @@ class Tile {
   bool end() {
     for (int row = 0; row < rows_; row += P::BLOCK)
       if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
-    if constexpr (P::BY_TILES)
-      for (int row = 0; row < rows_; ++row) {
+    if constexpr (P::FEW > 0)
+      for (int row = 0; row < rows_ && lazy(); ++row) {
         maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        if (digits()) P::Digits::settle(o_ + row * ldo_, ldo_);
-        else if (doubled()) P::settle_halves(o_ + row * ldo_, ldo_, s_);
-        else if (in_.cache_dtype == BF16T) P::settle(o_ + row * ldo_, ldo_);
+        settle(o_ + row * ldo_);
       }
-    if constexpr (P::TABLES)
-      for (int row = 0; row < rows_ && by_tables(); ++row) P::Tables::settle(o_ + row * ldo_, ldo_);
     if (doubled() && !finite()) return false;
     if (item_.partial >= 0) keep();
     else finish_all();
@@ -185,8 +181,6 @@ class Tile {
   // A tile of keys against few rows.
   void few(int64_t key) {
     const Keys& at = *buffers_.now;
-    const float* alpha = started_[0] ? alpha_ : nullptr;
-    started_[0] = true;
     Coming coming(at, *buffers_.next, in_.head_dim * size_, in_.v_dim * size_);
     if constexpr (P::BY_TILES) {
       const int64_t block_size = paged_ ? in_.block_size : in_.kv_len, end = rounded(at.n, 32);
@@ -195,9 +189,7 @@ class Tile {
       };
       const Source keys = source(at.k, in_.head_dim, in_.k_at);
       auto weigh_rows = [&](auto* p) {
-        for (int row = 0; row < rows_; ++row)
-          for (int64_t from = 0; from < end; from += 64)
-            weigh(row, s_ + row * TILE_KEYS, p + row * TILE_KEYS, key, from, std::min(from + 64, end));
+        for (int row = 0; row < rows_; ++row) weigh(row, s_ + row * TILE_KEYS, p + row * TILE_KEYS, key, end);
       };
       if (digits()) {
         digits_.scores(reinterpret_cast<int8_t*>(turned()), rows_, keys, in_.k_zero ? at.k_zero : nullptr,
@@ -209,20 +201,40 @@ class Tile {
       } else {
         P::scores(turned(), rows_, keys, d_, k_, s_, coming);
         weigh_rows(p_);
-        if (doubled()) P::weigh(p_, rows_, source(at.v, in_.v_dim, in_.v_at), k_, v_, o_, ldo_, alpha, coming);
-        else P::weigh_packed(p_, at.v, at.n, in_.v_dim, v_, o_, ldo_, alpha, coming);
+        if (doubled()) P::weigh(p_, rows_, source(at.v, in_.v_dim, in_.v_at), k_, v_, o_, ldo_, started_[0], coming);
+        else P::weigh_packed(p_, at.v, at.n, in_.v_dim, v_, o_, ldo_, started_[0], coming);
       }
     } else if constexpr (P::FEW > 0) {
       if constexpr (P::TABLES) {
         if (by_tables()) P::Tables::scores(turned(), rows_, at.k, at.n, d_, s_, coming);
       }
       if (!by_tables()) P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, coming);
-      for (int row = 0; row < rows_; ++row) soften(row, row, key, 0, rounded(at.n, LANES));
-      if constexpr (P::TABLES) {
-        if (by_tables()) return P::Tables::weigh(p_, rows_, at.v, at.n, in_.v_dim, o_, ldo_, alpha, coming);
+      for (int row = 0; row < rows_; ++row) {
+        coming.template advance<4>(2 * at.n * Coming::LEFT / rows_);
+        weigh(row, s_ + row * TILE_KEYS, p_ + row * TILE_KEYS, key, rounded(at.n, 32));
       }
-      P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, dv_, alpha, coming);
+      if constexpr (P::TABLES) {
+        if (by_tables()) P::Tables::weigh(p_, rows_, at.v, at.n, in_.v_dim, o_, ldo_, started_[0], coming);
+      }
+      if (!by_tables()) P::weigh(p_, rows_, at.v, at.n, in_.cache_dtype, in_.v_dim, o_, ldo_, started_[0], coming);
     }
+    started_[0] = true;
+  }
+
+  // Whether a row's weights are relative to a base of `LazySoftmax`'s, not to the largest score.
+  bool lazy() const { return P::BY_TILES || (P::FEW && rows_ <= P::FEW); }
+
+  // A row of sums in the order of the columns.
+  void settle(float* o) {
+    if constexpr (P::BY_TILES) {
+      if (digits()) return P::Digits::settle(o, ldo_);
+      if (doubled()) return P::settle_halves(o, ldo_, s_);
+      if (in_.cache_dtype != BF16T) return;
+    }
+    if constexpr (P::TABLES) {
+      if (by_tables()) return P::Tables::settle(o, ldo_);
+    }
+    P::settle(o, ldo_);
   }
 
   bool by_tables() const {
@@ -272,7 +284,8 @@ class Tile {
     if (in_.k_scale_kind == 2) scale_ *= in_.k_scale[item_.kv_head];
     plain_ = scale_ > 0 && in_.k_scale_kind != 3 && in_.soft_cap <= 0 && !in_.alibi_slopes && !in_.bias;
     factor_ = (plain_ ? scale_ : 1.0f) * 1.44269504f;
-    if constexpr (P::BY_TILES) softmax_.clear(rows_);
+    if constexpr (P::FEW > 0)
+      if (lazy()) softmax_.clear(rows_);
   }
 
   // Scores of a row, number i of its block, and [from, to) of the tile's keys -> weights in p_, and what the sums so far
@@ -306,13 +319,19 @@ class Tile {
   // The same for 32 or 64 keys; sums and earlier weights of the tile are multiplied at once where they must be.
   template <class W>
   void weigh(int row, float* s, W* p, int64_t key, int64_t from, int64_t to) {
-    if constexpr (P::BY_TILES) {
+    if constexpr (P::FEW > 0) {
       masked(row, s, key, from, to);
       const float* v_factor = in_.v_scale_kind == 3 ? buffers_.now->v_factor + from : nullptr;
       auto raise = [&](int, float by) { this->raise(row, p, from, by); };
       if (to - from == 64) softmax_.template weigh<1, 4>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
       else softmax_.template weigh<1, 2>(row, s + from, 0, p + from, 0, factor_, v_factor, raise);
     }
+  }
+
+  // Of keys [0, end).
+  template <class W>
+  void weigh(int row, float* s, W* p, int64_t key, int64_t end) {
+    for (int64_t from = 0; from < end; from += 64) weigh(row, s, p, key, from, std::min(from + 64, end));
   }
 
   // Multiplies the sums of a row, and its weights in front of `from`.

@@ -1,4 +1,4 @@
-// The online softmax beside products of tiles, in vectors of 16 scores and without sums across lanes.
+// The online softmax of few rows and beside products of tiles, in vectors of 16 scores and without sums across lanes.
 //
 // Weights are 2^(score - base). A row's base is a whole number near its largest score so far (in units of log2): it is
 // raised only when a score is LAZY above it, for neither float32 nor bfloat16 minds weights of 2^LAZY. What was summed
@@ -20,7 +20,7 @@ namespace {
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
 template <int ROWS_AT_MOST>
-class AmxSoftmax {
+class LazySoftmax {
  public:
   static constexpr float LAZY = 16, MOST = LAZY + 1;
 
