@@ -60,19 +60,23 @@ class ReadAhead {
   int64_t size_, next_;
 };
 
-// Sums of more rows than this are not in a cache any more when the next norm wants them, many products later.
+// Results of more rows than this are not in a first or second cache any more when they are wanted: sums by the next norm,
+// many products later, codes by the product behind, which walks over them again and again.
 constexpr int64_t PAST_CACHES = int64_t(1) << 20;  // bytes
 
-// PAIR numbers to whole cache lines, which are not read first, nor take the place of others.
-template <int32_t DTYPE>
-inline void write_past(Two<vf> x, char* p) {
-  alignas(64) char lines[PAIR * size_of(DTYPE)];
-  write_pair<DTYPE>(x, lines);
-  for (size_t at = 0; at < sizeof lines; at += sizeof(vf)) {
+inline bool goes_past_caches(const void* to, int64_t row_bytes, int64_t rows) {
+  return row_bytes * rows > PAST_CACHES && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
+// To cache lines, which are not read first, nor take the place of others.
+template <size_t BYTES>
+inline void write_past(const char (&lines)[BYTES], char* p) {
+  static_assert(BYTES % sizeof(vf) == 0);
+  for (size_t at = 0; at < BYTES; at += sizeof(vf)) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p + at), _mm512_load_si512(lines + at));
 #elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + at), _mm256_load_si256(reinterpret_cast<__m256i*>(lines + at)));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + at), _mm256_load_si256(reinterpret_cast<const __m256i*>(lines + at)));
 #else
     std::memcpy(p + at, lines + at, sizeof(vf));
 #endif
@@ -156,7 +160,7 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   char* total = row_at<DTYPE>(in.residual_out, r, size);
-  const bool past = in.rows * size * size_of(DTYPE) > PAST_CACHES && reinterpret_cast<uintptr_t>(total) % 64 == 0;
+  const bool past = goes_past_caches(in.residual_out, size * size_of(DTYPE), in.rows);
   Two<vf> squares = {};
   Two<vi> most = {};
   for (int64_t at = 0; at < size; at += PAIR) {
@@ -165,10 +169,13 @@ Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
       Two<vf> more = read<DTYPE>(other, at, size);
       s = {s.a + more.a, s.b + more.b};
       char* to = total + at * size_of(DTYPE);
-      if (past && size - at >= PAIR)
-        write_past<DTYPE>(s, to);
-      else
+      if (past) {
+        alignas(64) char lines[PAIR * size_of(DTYPE)];
+        write_pair<DTYPE>(s, lines);
+        write_past(lines, to);
+      } else {
         writing<size_of(DTYPE)>(to, size - at, [&](char* p) { write_pair<DTYPE>(s, p); });
+      }
     }
     squares = {fma(s.a, s.a, squares.a), fma(s.b, s.b, squares.b)};
     Two<vf> y = {s.a * w.a, s.b * w.b};
@@ -251,16 +258,26 @@ Kept gated(const Arguments& in, int64_t r, float* row) {
 
 // Codes and scale of a kept row; codes of 0 if the scale is not finite.
 template <int32_t DTYPE>
-void quantize_kept(const float* row, int64_t size, Kept found, int8_t* codes, float& scale) {
+void quantize_kept(const float* row, int64_t size, Kept found, int8_t* codes, float& scale, bool past) {
   scale = float(found.largest * found.factor / 127);
   float step = found.largest / 127.0f, inverse = 1.0f / step;
   if (scale == 0 || step == 0 || !std::isfinite(scale)) return std::fill_n(codes, size, int8_t(0)), void();
+  char* bytes = reinterpret_cast<char*>(codes);
   auto each = [&](auto code) {
-    // From the end on, which is in the first cache still.
-    for (int64_t at = (size - 1) / PAIR * PAIR; at >= 0; at -= PAIR) {
+    auto put = [&](int64_t at, char* to) {
       Two<vf> x = kept(row + at);
-      Two<vi> both = {code(x.a), code(x.b)};
-      writing<1>(reinterpret_cast<char*>(codes) + at, size - at, [&](char* p) { write_low_bytes<DTYPE>(both, p); });
+      write_low_bytes<DTYPE>({code(x.a), code(x.b)}, to);
+    };
+    // From the end on, which is in the first cache still.
+    if (past) {
+      for (int64_t at = size - 64; at >= 0; at -= 64) {
+        alignas(64) char line[64];
+        for (int64_t i = 0; i < 64; i += PAIR) put(at + i, line + i);
+        write_past(line, bytes + at);
+      }
+    } else {
+      for (int64_t at = (size - 1) / PAIR * PAIR; at >= 0; at -= PAIR)
+        writing<1>(bytes + at, size - at, [&](char* to) { put(at, to); });
     }
   };
   if (inverse < 1e30f)  // the low byte of what is rounded like `round_even`
@@ -273,6 +290,7 @@ template <int32_t DTYPE, int32_t W>
 void run(const Arguments& in) {
   constexpr int64_t STEP = LANES * GATES;
   int64_t padded = (in.size + STEP - 1) / STEP * STEP, threads = std::min(in.rows, int64_t(in.threads));
+  const bool past = goes_past_caches(in.codes, in.size, in.rows);
   // In small parts: a thread that slept when the call began has its share done by the others.
   int64_t part = std::clamp(in.rows / std::max(threads * 8, int64_t(1)), int64_t(1), int64_t(4));
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
@@ -284,7 +302,7 @@ void run(const Arguments& in) {
 #pragma omp for schedule(dynamic, part)
     for (int64_t r = 0; r < in.rows; ++r) {
       Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.get()) : gated<DTYPE>(in, r, row.get());
-      quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r]);
+      quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r], past);
     }
     written_past();
   }

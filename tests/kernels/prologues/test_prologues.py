@@ -96,10 +96,17 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", [2048, 2051])  # the second's rows start within cache lines, but for a few
-def test_sums_that_are_written_past_the_caches(isa, dtype, size, monkeypatch):
+@pytest.mark.parametrize("size", [2048, 2080, 2051])  # rows of codes start on cache lines, those of sums too, or none do
+def test_results_that_are_written_past_the_caches(isa, dtype, size, monkeypatch):
     monkeypatch.setenv("GCU_COMPILE_HOST_ISA", isa)
-    check_norm(host.rms_norm_quant, norm_arguments(300, size, dtype, True))
+    x, *others = norm_arguments(600, size, dtype, True)
+    gates = randn(600, 2 * size, dtype=dtype) * 4
+    gates[7], gates[8, :9] = 0, torch.inf  # whose codes are all 0
+    check_norm(host.rms_norm_quant, (x, *others))
+    check_silu(host.silu_mul_quant, gates[:8])
+    check_silu(host.silu_mul_quant, gates[9:])
+    codes, scales = host.silu_mul_quant(gates)
+    assert not codes[7:9].any() and scales[7] == 0 and not scales[8].isfinite()
 
 
 @pytest.mark.parametrize("isa", HERE)
