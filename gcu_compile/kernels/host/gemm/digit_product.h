@@ -16,7 +16,9 @@ namespace {
 
 class DigitProduct : public Layer<4> {
   static constexpr int DIGITS = 3, LANES_OF_WORD = 2 * DIGITS, V = TILE / 16;
-  static constexpr int AHEAD = 2048;  // words that a stream is fetched before its use: two pages
+  // Words that a stream is fetched before its use, into the second cache and from there into the first, which takes too few
+  // lines at a time from memory (measured: 1.02 to 1.2 times as fast as two pages into the first one).
+  static constexpr int FAR = 3072, NEAR = 1024;
 
  public:
   static constexpr int64_t MOST_ROWS = 2;
@@ -115,7 +117,8 @@ class DigitProduct : public Layer<4> {
         const int32_t* x = &x_[word * LANES_OF_WORD];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-          __builtin_prefetch(w + v * 16 + AHEAD);
+          __builtin_prefetch(w + v * 16 + FAR, 0, 2);
+          __builtin_prefetch(w + v * 16 + NEAR);
           vi packed = load<vi>(w + v * 16), even = packed & mask, odd = (vi)((vu)packed >> 4) & mask;
 #pragma GCC unroll 2
           for (int r = 0; r < M; ++r)
