@@ -2,8 +2,10 @@
 
     python benchmarks/dequant_gemm.py [--only w4a16|w8a16|w8a8] [--rows 1 32 512] [--cpu-time] [--json FILE]
 
-Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns in a random order, call by
-call, and the medians are compared. Ours are called as generated code and vLLM's layers call them, past torch's
+Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns in a random order, and the
+medians are compared. A turn of up to 32 rows is four calls, each with another weight, as layers follow each other in a
+model: a product of a third of a millisecond would else be measured with a way through Python that a stranger's pass over
+memory has just put out of the caches. Ours are called as generated code and vLLM's layers call them, past torch's
 dispatcher (`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's
 bandwidth changes from second to second; the last column is the share of it.
 `--cpu-time` takes one thread and the time that it was running: for a machine that others use as well.
@@ -30,7 +32,8 @@ GROUP = 128
 ROTATED = 256 << 20
 READ = 64 << 20
 STREAMED = 8  # up to so many rows a product may run at the speed of memory
-CALLS = {1: 60, 8: 40, 32: 30, 512: 9}
+CALLS = {1: 60, 8: 40, 32: 32, 512: 9}
+IN_A_ROW = 4  # calls of a turn, where they are many
 clock = time.perf_counter
 
 
@@ -49,13 +52,14 @@ def turns(peers: dict, calls: int) -> dict[str, float]:
     for call in peers.values():
         for i in range(calls):
             call(i)
-    order = list(peers)
-    for i in range(calls):
+    order, in_a_row = list(peers), 1 if calls % IN_A_ROW else IN_A_ROW
+    for first in range(0, calls, in_a_row):
         random.shuffle(order)
         for name in order:
-            start = clock()
-            peers[name](i)
-            times[name].append(clock() - start)
+            for i in range(first, first + in_a_row):
+                start = clock()
+                peers[name](i)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
 

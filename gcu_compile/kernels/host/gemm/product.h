@@ -1,7 +1,8 @@
 // The product on vectors.
 //
 //   up to 8 rows:  codes go from memory to registers to fma; the read is the cost
-//   more rows:     a block of inputs is unpacked once into L1/L2, then a register-tiled product runs over all rows
+//   more rows:     a block of inputs is unpacked once into L1/L2, beside the products of the first rows, and a register-tiled
+//                  product runs over the others
 #pragma once
 
 #include <memory>
@@ -189,7 +190,7 @@ class Product : public Layer<BITS> {
     int pieces = (rows + MR - 1) / MR, height = rows / pieces, higher = rows % pieces;  // register tiles
     for (Block block : blocks_) {
       const int32_t* ahead = words(tile, block.end);
-      apart_ ? dequantise(tile, block, unpacked) : unpack(tile, block, unpacked);
+      if (apart_) dequantise(tile, block, unpacked);
       for (int64_t from = block.begin, to; from < block.end; from = to) {
         int64_t group = from / group_;
         to = std::min(block.end, (group + 1) * group_);
@@ -197,13 +198,13 @@ class Product : public Layer<BITS> {
           std::fill(scale, scale + TILE, 1.0f);
         else
           factors(tile, group, scale, shift);
-        Part part{unpacked + (from - block.begin) * STEPS * TILE, lanes(first, block) + (from - block.begin) * STEPS,
-                  block.lanes(), (to - from) * STEPS, first, group, scale,
+        Part part{words(tile, from), unpacked + (from - block.begin) * STEPS * TILE,
+                  lanes(first, block) + (from - block.begin) * STEPS, block.lanes(), to - from, first, group, scale,
                   spans_ && from % group_ == 0 ? shift : nullptr, ahead};
         for (int at = 0; at < TILE; at += SUB)
-          for (int piece = 0, r = 0; piece < pieces; ++piece, part.ahead += part.steps * 16) {
+          for (int piece = 0, r = 0; piece < pieces; ++piece, part.ahead += part.words * STEPS * 16) {
             int count = height + (piece < higher);
-            some(count, part, r, at, c + r * TILE);
+            piece || apart_ ? some<false>(count, part, r, at, c + r * TILE) : some<true>(count, part, r, at, c + r * TILE);
             r += count;
           }
         ahead = part.ahead;
@@ -211,17 +212,7 @@ class Product : public Layer<BITS> {
     }
   }
 
-  void unpack(int64_t tile, Block block, int32_t* out) const {
-    for (int64_t word = block.begin; word < block.end; ++word, out += STEPS * TILE)
-      for (int at = 0; at < TILE; at += LANES) {
-        vi packed = load<vi>(words(tile, word) + at);
-#pragma GCC unroll 8
-        for (int step = 0; step < STEPS; ++step)
-          store(out + step * TILE + at, P::template weights<BITS>(packed, step));
-      }
-  }
-
-  // The same with every input's own zero and scale applied.
+  // A block unpacked, with every input's own zero and scale applied.
   void dequantise(int64_t tile, Block block, int32_t* out) const {
     alignas(64) float scale[TILE] = {}, zero[TILE] = {};
     int64_t size = in_.k / in_.groups, last = -1;
@@ -245,25 +236,34 @@ class Product : public Layer<BITS> {
 
   // The inputs of one group in one block.
   struct Part {
-    const int32_t *weights, *x;  // unpacked [steps, TILE]; lanes of row `first`
-    int64_t x_stride, steps, first, group;
+    const int32_t* packed;
+    int32_t* weights;  // unpacked: [words, STEPS, TILE]
+    const int32_t* x;  // lanes of row `first`
+    int64_t x_stride, words, first, group;
     const float *scale, *shift;
     const int32_t* ahead;  // packed weights that come next: fetched meanwhile, a line per step
   };
 
-  template <int M = MR>
+  // Some rows from r0 on. UNPACK: weights are unpacked here, for which there is time between products, and kept.
+  template <bool UNPACK, int M = MR>
   void some(int rows, const Part& part, int r0, int at, float* c) const {
     if constexpr (M > 1)
-      if (rows < M) return some<M - 1>(rows, part, r0, at, c);
+      if (rows < M) return some<UNPACK, M - 1>(rows, part, r0, at, c);
     vf sum[M][NV] = {};
-    const int32_t *w = part.weights + at, *x = part.x + r0 * part.x_stride;
-    for (int64_t step = 0; step < part.steps; ++step, w += TILE) {
-      __builtin_prefetch(part.ahead + step * 16, 0, 2);
-      vf value[NV];
-      for (int v = 0; v < NV; ++v) value[v] = load<vf>(w + v * LANES);
-      for (int r = 0; r < M; ++r)
-        for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * part.x_stride + step]);
-    }
+    const int32_t *x = part.x + r0 * part.x_stride, *ahead = part.ahead, *packed = part.packed + at;
+    int32_t* w = part.weights + at;
+    for (int64_t word = 0; word < part.words; ++word, x += STEPS, ahead += STEPS * 16, packed += TILE)
+#pragma GCC unroll 8
+      for (int step = 0; step < STEPS; ++step, w += TILE) {
+        __builtin_prefetch(ahead + step * 16, 0, 2);
+        vf value[NV];
+        for (int v = 0; v < NV; ++v) {
+          if constexpr (UNPACK) store(w + v * LANES, value[v] = P::template weights<BITS>(load<vi>(packed + v * LANES), step));
+          else value[v] = load<vf>(w + v * LANES);
+        }
+        for (int r = 0; r < M; ++r)
+          for (int v = 0; v < NV; ++v) sum[r][v] = P::add(sum[r][v], value[v], x[r * part.x_stride + step]);
+      }
     fold<M, NV>(sum, at, part.first + r0, part.group, part.scale, part.shift, c);
   }
 
