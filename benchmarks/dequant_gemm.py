@@ -33,7 +33,7 @@ ROTATED = 256 << 20
 READ = 64 << 20
 STREAMED = 8  # up to so many rows a product may run at the speed of memory
 CALLS = {1: 60, 8: 40, 32: 32, 512: 9}
-IN_A_ROW = 4  # calls of a turn, where they are many
+SHORT, IN_A_ROW = 32, 4  # up to so many rows a turn is so many calls
 clock = time.perf_counter
 
 
@@ -43,16 +43,17 @@ def plain_read():
     return lambda i: buffer[i % len(buffer)].sum()
 
 
-def turns(peers: dict, calls: int) -> dict[str, float]:
+def turns(peers: dict, calls: int, in_a_row: int = 1) -> dict[str, float]:
     """Median milliseconds of each peer, in turns of random order, called with the number of the weight to use.
 
-    Every weight is used once before: a layer's first call looks at its tensors, and a model makes it once.
+    Every weight is used once before: a layer's first call looks at its tensors, and a model makes it once. in_a_row: of a
+    turn.
     """
     times = {name: [] for name in peers}
     for call in peers.values():
         for i in range(calls):
             call(i)
-    order, in_a_row = list(peers), 1 if calls % IN_A_ROW else IN_A_ROW
+    order = list(peers)
     for first in range(0, calls, in_a_row):
         random.shuffle(order)
         for name in order:
@@ -204,7 +205,7 @@ def main() -> None:
             peers, size = FORMATS[name](x)
             if rows <= STREAMED:
                 peers["read"] = read
-            found = turns(peers, CALLS.get(rows, 9))
+            found = turns(peers, CALLS.get(rows, 9), IN_A_ROW if rows <= SHORT else 1)
             speed = READ / found.pop("read") / 1e6 if rows <= STREAMED else None
             for peer, ms in found.items():
                 rate, flops = size / ms / 1e6, 2 * rows * N * K / ms / 1e9

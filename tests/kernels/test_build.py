@@ -45,6 +45,14 @@ def test_every_library_builds_for_every_instruction_set(name, isa, tmp_path, mon
         build._compile(build.find_compiler(), flags, build.HERE / f"{name}.cpp", tmp_path / f"{name}.so")
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is x86's")
+@pytest.mark.parametrize("name", sorted(source.stem for source in build.HERE.glob("*.cpp")))
+def test_every_library_builds_for_avx512_without_its_extensions(name, tmp_path):
+    """Such CPUs have no bfloat16 products; what is written for those is compiled all the same, and never called."""
+    flags = (*build.FLAGS, *build.ISA_FLAGS["avx512"], "-O1")
+    build._compile(build.find_compiler(), flags, build.HERE / f"{name}.cpp", tmp_path / f"{name}.so")
+
+
 @pytest.mark.skipif("avx512" not in build.available(), reason="this CPU has no AVX-512")
 def test_vbmi2_is_used_where_the_cpu_has_it_and_changes_no_token(tmp_path, monkeypatch):
     """Of 16-bit logits both ways find those from a value on; a CPU without it takes the other one."""

@@ -64,8 +64,10 @@ class ReadAhead {
 // many products later, codes by the product behind, which walks over them again and again.
 constexpr int64_t PAST_CACHES = int64_t(1) << 20;  // bytes
 
-inline bool goes_past_caches(const void* to, int64_t row_bytes, int64_t rows) {
-  return row_bytes * rows > PAST_CACHES && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+// Whether rows are to be written so, `step` bytes at once: they consist of whole lines and steps.
+inline bool go_past_caches(const void* to, int64_t row_bytes, int64_t rows, int64_t step) {
+  const int64_t whole = std::max<int64_t>(step, 64);
+  return row_bytes * rows > PAST_CACHES && row_bytes % whole == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
 // To cache lines, which are not read first, nor take the place of others.
@@ -155,12 +157,12 @@ struct Kept {
 };
 
 // s = x + residual; s * weight in `row`, for its norm differs from that by one factor.
+// past: sums go past the caches.
 template <int32_t DTYPE, int32_t W>
-Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row) {
+Kept norm(const Arguments& in, int64_t r, const Weight& weight, float* row, bool past) {
   const int64_t size = in.size;
   const char *x = row_at<DTYPE>(in.x, r, in.x_stride), *other = row_at<DTYPE>(in.other, r, in.other_stride);
   char* total = row_at<DTYPE>(in.residual_out, r, size);
-  const bool past = goes_past_caches(in.residual_out, size * size_of(DTYPE), in.rows);
   Two<vf> squares = {};
   Two<vi> most = {};
   for (int64_t at = 0; at < size; at += PAIR) {
@@ -256,7 +258,7 @@ Kept gated(const Arguments& in, int64_t r, float* row) {
   return {largest(most), 1};
 }
 
-// Codes and scale of a kept row; codes of 0 if the scale is not finite.
+// Codes and scale of a kept row; codes of 0 if the scale is not finite. past: they go past the caches.
 template <int32_t DTYPE>
 void quantize_kept(const float* row, int64_t size, Kept found, int8_t* codes, float& scale, bool past) {
   scale = float(found.largest * found.factor / 127);
@@ -290,7 +292,8 @@ template <int32_t DTYPE, int32_t W>
 void run(const Arguments& in) {
   constexpr int64_t STEP = LANES * GATES;
   int64_t padded = (in.size + STEP - 1) / STEP * STEP, threads = std::min(in.rows, int64_t(in.threads));
-  const bool past = goes_past_caches(in.codes, in.size, in.rows);
+  const bool sums_past = go_past_caches(in.residual_out, in.size * size_of(DTYPE), in.rows, PAIR * size_of(DTYPE));
+  const bool codes_past = go_past_caches(in.codes, in.size, in.rows, 64);
   // In small parts: a thread that slept when the call began has its share done by the others.
   int64_t part = std::clamp(in.rows / std::max(threads * 8, int64_t(1)), int64_t(1), int64_t(4));
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
@@ -301,8 +304,8 @@ void run(const Arguments& in) {
     Weight weight = in.weight ? weight_of<DTYPE, W>(in, values.get()) : Weight{};
 #pragma omp for schedule(dynamic, part)
     for (int64_t r = 0; r < in.rows; ++r) {
-      Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.get()) : gated<DTYPE>(in, r, row.get());
-      quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r], past);
+      Kept found = in.weight ? norm<DTYPE, W>(in, r, weight, row.get(), sums_past) : gated<DTYPE>(in, r, row.get());
+      quantize_kept<DTYPE>(row.get(), in.size, found, in.codes + r * in.size, in.scales[r], codes_past);
     }
     written_past();
   }

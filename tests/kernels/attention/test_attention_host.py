@@ -273,6 +273,21 @@ def test_scores_that_float32_cannot_tell_from_their_neighbours(isa, dtype, scale
         torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 96))
 
 
+@pytest.mark.parametrize("queries", [1, 4, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if "amx" not in isa])  # whose weights may be 2^17
+def test_sums_of_huge_values_do_not_overflow(isa, dtype, queries, use_isa):
+    """Weights stay small where the largest score comes last."""
+    use_isa(isa)
+    source = torch.Generator().manual_seed(0)
+    q, k = torch.ones(1, 2, queries, 64).to(dtype), torch.zeros(1, 2, 200, 64).to(dtype)
+    k[:, :, 100:] = 1.25  # scores of 0, then of 10
+    v = (torch.randn(1, 2, 200, 64, generator=source).abs() * 1e35).to(dtype)
+    got = torch.ops.gcu.attention(q, k, v, scale=1 / 8)
+    expected = dense.eager(q.double(), k.double(), v.double(), scale=1 / 8)
+    torch.testing.assert_close(got.double(), expected, **tolerance(dtype, 200))
+
+
 @pytest.mark.parametrize("isa", BEST)
 @pytest.mark.parametrize("queries", [1, 4, 150, 700])
 @pytest.mark.parametrize("cache", ["float", "token_head"])

@@ -13,6 +13,7 @@
 #include "amx_digits.h"
 #include "bf16.h"
 #include "keys.h"
+#include "lazy_softmax.h"
 #include "matmul.h"
 
 namespace {
@@ -27,7 +28,7 @@ struct AmxBF16 : BF16 {
   static constexpr int BLOCK = 32;                        // rows whose scores stay in L1 until they are weights
   static constexpr int STEPS = 16, STRIP = 32;            // of panels: whole tiles, two side by side
   using Thread = amx::Tiles;
-  using Softmax = LazySoftmax<TILE_ROWS>;
+  using Softmax = LazySoftmax<TILE_ROWS, 16>;
   using Digits = ::Digits;
   static constexpr bool TABLES = false;
 

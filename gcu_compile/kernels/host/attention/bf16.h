@@ -20,7 +20,7 @@
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl")
 // Word i of a result: the high half of float32 i; words of a and b side by side, first and second 16.
 struct Words { alignas(64) uint16_t at[32]; };
 constexpr Words words(int kind) {
@@ -39,7 +39,7 @@ struct BF16 {
   static constexpr int ROWS_OF_FEW = 16;  // their queries: as they are, and in the order of `ByteTables`
   static constexpr int TILE_ROWS = ::TILE_ROWS, LEAST_ROWS = ::TILE_ROWS, BLOCK = ::TILE_ROWS;
   struct Thread {};
-  using Softmax = LazySoftmax<FEW>;  // of few rows
+  using Softmax = LazySoftmax<FEW, 1>;  // of few rows
   struct Digits {};
 #if defined(__AVX512VBMI2__)
   static constexpr bool TABLES = true;

@@ -20,7 +20,7 @@
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq,avx512vbmi")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512vbmi")
 
 // One byte each of the bfloat16 numbers 0 to 127.
 struct ByteTable { alignas(64) uint8_t at[128]; };
@@ -58,7 +58,7 @@ class ByteTables {
 
   // o = p V, or with `add` o += p V, columns in an order that `settle` undoes.
   static void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming) {
-    const int64_t passes = dim / CHUNK, pair = 2 * (Coming::ROW - Coming::LEFT) / passes;
+    const int64_t passes = dim / CHUNK, pair = divided(2 * (Coming::ROW - Coming::LEFT), passes);
     for (int from = 0; from < n; from += PIECE) {
       for_rows(rows, [&]<int R>() {
         if constexpr (R <= ROWS)

@@ -3,7 +3,7 @@
 //   scores: 16 at a time, R rows of 16 / R keys, each a vector of partial sums; a transpose's exchanges add them up
 //   weigh: 16 vectors of output rows; two keys side by side are one step of the dot products of pairs
 //
-// Rows that come are prefetched as many at a time as were read (`Coming`).
+// Rows that come are prefetched one after the other between those that are read (`Coming`).
 //
 // Both are memory bound on a cache that is larger than the CPU's, provided that the 16 vectors stay in registers: hence
 // `always_inline` wherever an array of vectors is handed over, and tails as separate code.
@@ -12,7 +12,7 @@
 namespace {
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx512bf16,avx512bw,avx512vl")
 
 // Lane i of the result: the sum of x[i].
 [[gnu::always_inline]] inline __m512 sums(__m512 (&x)[16]) {
@@ -160,7 +160,7 @@ void add_weighed(const uint16_t* p, int rows, const Row* values, int n, int64_t 
 template <int R, int C, bool BYTES>
 void weigh(const uint16_t* p, int rows, const Row* values, int n, int64_t dim, float* o, int64_t ldo, bool add, Coming& coming) {
   const int64_t whole = dim / (32 * C), passes = whole + (dim - 32 * C * whole + 31) / 32;
-  const int64_t pair = 2 * (Coming::ROW - Coming::LEFT) / passes;
+  const int64_t pair = divided(2 * (Coming::ROW - Coming::LEFT), passes);
   for (int key = 0; key < n; key += PIECE) {
     auto columns = [&](auto add_columns, int64_t d) {
       add_columns(p + key, rows, values + key, std::min(PIECE, n - key), dim, d, o, ldo, add || key, coming, pair);

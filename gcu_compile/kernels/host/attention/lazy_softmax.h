@@ -1,8 +1,8 @@
 // The online softmax of few rows and beside products of tiles, in vectors of 16 scores and without sums across lanes.
 //
 // Weights are 2^(score - base). A row's base is a whole number near its largest score so far (in units of log2): it is
-// raised only when a score is LAZY above it, for neither float32 nor bfloat16 minds weights of 2^LAZY. What was summed
-// is then multiplied by a power of two, which is exact.
+// raised only when a score is LAZY above it, for neither float32 nor bfloat16 minds weights of 2^LAZY, unless values are
+// within as much of the largest float. What was summed is then multiplied by a power of two, which is exact.
 #pragma once
 
 #include <immintrin.h>
@@ -19,10 +19,18 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
-template <int ROWS_AT_MOST>
+// Compiled for a CPU without these instructions, which is asked before any of this is called, code cannot be inlined into
+// callers that are not.
+#if defined(__AVX512BF16__)
+#define LAZY_INLINE [[gnu::always_inline]] inline
+#else
+#define LAZY_INLINE inline
+#endif
+
+template <int ROWS_AT_MOST, int LAZY>
 class LazySoftmax {
  public:
-  static constexpr float LAZY = 16, MOST = LAZY + 1;
+  static constexpr float MOST = LAZY + 1;
 
   void clear(int rows) {
     std::fill_n(base_, rows, 0.0f), std::fill_n(limit_, rows, -INF);
@@ -38,7 +46,7 @@ class LazySoftmax {
   // p = 2^(s factor - base) v_factor, as float32 or rounded to bf16. The power's relative error is below 9e-5, against 2e-3 of the rounding.
   // Two rows at once hide each other's latencies.
   template <int ROWS, int VECTORS, class W, class Raise>
-  [[gnu::always_inline]] void weigh(int row, const float* s, int64_t s_step, W* p, int64_t p_step, float factor,
+  LAZY_INLINE void weigh(int row, const float* s, int64_t s_step, W* p, int64_t p_step, float factor,
                                     const float* v_factor, Raise&& raise) {
     constexpr int N = ROWS * VECTORS;
     __m512 x[N], top[ROWS];
@@ -107,6 +115,7 @@ class LazySoftmax {
   alignas(64) float sums_[ROWS_AT_MOST][16];
 };
 
+#undef LAZY_INLINE
 #pragma GCC pop_options
 
 }  // namespace

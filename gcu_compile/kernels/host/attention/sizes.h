@@ -22,6 +22,7 @@ constexpr int64_t HELD = 400000;  // bytes of an item's queries and sums
 constexpr int64_t WAKE = 200000;    // fewer products take less time than waking other threads
 constexpr int64_t PART_KEYS = 512;  // fewest keys that are worth a part of their own
 
-int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }  // upwards
+int64_t rounded(int64_t n, int64_t to) { return divided(n, to) * to; }
 
 }  // namespace

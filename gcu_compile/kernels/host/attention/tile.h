@@ -69,7 +69,7 @@ class Tile {
 
   // Keys `now` of the buffers, the first of which is number `key` of the sequence.
   void add(int64_t key) {
-    if (P::FEW && rows_ <= P::FEW) few(key);
+    if (are_few()) few(key);
     else many(key);
   }
 
@@ -78,10 +78,11 @@ class Tile {
     for (int row = 0; row < rows_; row += P::BLOCK)
       if (!started_[row / P::BLOCK]) std::fill_n(o_ + row * ldo_, std::min(P::BLOCK, rows_ - row) * ldo_, 0.0f);
     if constexpr (P::FEW > 0)
-      for (int row = 0; row < rows_ && lazy(); ++row) {
-        maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
-        settle(o_ + row * ldo_);
-      }
+      if (lazy())
+        for (int row = 0; row < rows_; ++row) {
+          maximum_[row] = softmax_.maximum(row), weight_[row] = softmax_.weight(row);
+          settle(o_ + row * ldo_);
+        }
     if (doubled() && !finite()) return false;
     if (item_.partial >= 0) keep();
     else finish_all();
@@ -210,7 +211,7 @@ class Tile {
       }
       if (!by_tables()) P::scores(q_, d_, rows_, at.k, at.n, in_.cache_dtype, in_.head_dim, s_, coming);
       for (int row = 0; row < rows_; ++row) {
-        coming.template advance<4>(2 * at.n * Coming::LEFT / rows_);
+        coming.advance<4>(divided(2 * at.n * Coming::LEFT, rows_));
         weigh(row, s_ + row * TILE_KEYS, p_ + row * TILE_KEYS, key, rounded(at.n, 32));
       }
       if constexpr (P::TABLES) {
@@ -222,7 +223,9 @@ class Tile {
   }
 
   // Whether a row's weights are relative to a base of `LazySoftmax`'s, not to the largest score.
-  bool lazy() const { return P::BY_TILES || (P::FEW && rows_ <= P::FEW); }
+  bool lazy() const { return P::BY_TILES || are_few(); }
+
+  bool are_few() const { return P::FEW && rows_ <= P::FEW; }
 
   // A row of sums in the order of the columns.
   void settle(float* o) {
