@@ -4,8 +4,8 @@
 
 Weights rotate over 256 MiB or more, so that no cache holds them. We and the peers take turns in a random order, and the
 medians are compared. A turn of up to 32 rows is four calls, each with another weight, as layers follow each other in a
-model: a product of a third of a millisecond would else be measured with a way through Python that a stranger's pass over
-memory has just put out of the caches. Ours are called as generated code and vLLM's layers call them, past torch's
+model: a product of a third of a millisecond would else be measured with a way through Python that a stranger's pass
+over memory has just put out of the caches. Ours are called as generated code and vLLM's layers call them, past torch's
 dispatcher (`kernels/direct.py`). With few rows a plain read of memory takes its turn as well, for a virtual machine's
 bandwidth changes from second to second; the last column is the share of it.
 `--cpu-time` takes one thread and the time that it was running: for a machine that others use as well.
@@ -44,10 +44,10 @@ def plain_read():
 
 
 def turns(peers: dict, calls: int, in_a_row: int = 1) -> dict[str, float]:
-    """Median milliseconds of each peer, in turns of random order, called with the number of the weight to use.
+    """Median milliseconds of each peer, called with the number of the weight to use, in turns of random order of
+    `in_a_row` calls.
 
-    Every weight is used once before: a layer's first call looks at its tensors, and a model makes it once. in_a_row: of a
-    turn.
+    Every weight is used once before: a layer's first call looks at its tensors, and a model makes it once.
     """
     times = {name: [] for name in peers}
     for call in peers.values():
