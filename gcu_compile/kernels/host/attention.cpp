@@ -26,6 +26,7 @@
 #include "attention/bf16.h"
 #include "attention/checks.h"
 #include "attention/f32.h"
+#include "attention/finish.h"
 #include "attention/partials.h"
 #include "attention/plan.h"
 #include "attention/quantised.h"
@@ -34,7 +35,6 @@
 namespace {
 
 // Merges the parts of an item: each sum is brought to the common maximum.
-template <class P>
 void merge(const Arguments& in, const std::vector<Item>& parts, const Partials& partials, int64_t dv) {
   std::vector<float> sums(dv);
   const Item& all = parts[0];
@@ -49,7 +49,7 @@ void merge(const Arguments& in, const std::vector<Item>& parts, const Partials& 
       weight += partials.weights[at] * factor;
       for (int64_t d = 0; d < dv; ++d) sums[d] += partials.sums[at * dv + d] * factor;
     }
-    Tile<P>::finish(in, all.of(row / all.rows()), int(row % all.rows()), sums.data(), maximum, weight);
+    finish(in, all.of(row / all.rows()), int(row % all.rows()), sums.data(), maximum, weight);
   }
 }
 
@@ -71,7 +71,7 @@ void attend(const Arguments& in) {
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < items.size(); ++i) worker.run(items[i]);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < split.size(); ++i) merge<P>(in, split[i], partials, dv);
+    for (size_t i = 0; i < split.size(); ++i) merge(in, split[i], partials, dv);
   }
 }
 
