@@ -1,8 +1,8 @@
 // The online softmax of few rows and beside products of tiles, in vectors of 16 scores and without sums across lanes.
 //
 // Weights are 2^(score - base). A row's base is a whole number near its largest score so far (in units of log2): it is
-// raised only when a score is LAZY above it, for neither float32 nor bfloat16 minds weights of 2^LAZY, unless values are
-// within as much of the largest float. What was summed is then multiplied by a power of two, which is exact.
+// raised only when a score is LAZY above it, for neither float32 nor bfloat16 minds weights of 2^LAZY; sums overflow so much
+// sooner. What was summed is then multiplied by a power of two, which is exact.
 #pragma once
 
 #include <immintrin.h>
@@ -19,8 +19,8 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512bw,avx512vl,avx512dq")
 
-// Compiled for a CPU without these instructions, which is asked before any of this is called, code cannot be inlined into
-// callers that are not.
+// A build for AVX-512 alone calls this only after it asked the CPU for the rest; its callers are compiled without, and the
+// compiler refuses to inline into those.
 #if defined(__AVX512BF16__)
 #define LAZY_INLINE [[gnu::always_inline]] inline
 #else
@@ -46,8 +46,8 @@ class LazySoftmax {
   // p = 2^(s factor - base) v_factor, as float32 or rounded to bf16. The power's relative error is below 9e-5, against 2e-3 of the rounding.
   // Two rows at once hide each other's latencies.
   template <int ROWS, int VECTORS, class W, class Raise>
-  LAZY_INLINE void weigh(int row, const float* s, int64_t s_step, W* p, int64_t p_step, float factor,
-                                    const float* v_factor, Raise&& raise) {
+  LAZY_INLINE void weigh(int row, const float* s, int64_t s_step, W* p, int64_t p_step, float factor, const float* v_factor,
+                         Raise&& raise) {
     constexpr int N = ROWS * VECTORS;
     __m512 x[N], top[ROWS];
     const __m512 f = _mm512_set1_ps(factor);
