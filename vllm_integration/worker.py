@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gcu_compile.cache.key import cache_key
@@ -21,6 +25,21 @@ WARM_UP_TOKENS = 512  # of a first run that only compiles
 
 class GcuHostWorker(CPUWorker):
     """vLLM's `CPUWorker`; everything but post-processing is vLLM's own."""
+
+    _runner: Any = None
+    _replay: Any = None
+    _stepping = False
+
+    @property
+    def model_runner(self) -> Any:
+        """Whoever gets at the runner between steps may change what it holds: weights, adapters, caches."""
+        if self._replay is not None and not self._stepping:
+            self._replay.forget()
+        return self._runner
+
+    @model_runner.setter
+    def model_runner(self, runner: Any) -> None:
+        self._runner = runner
 
     def init_device(self) -> None:
         cores.bind(self.vllm_config)
@@ -63,8 +82,25 @@ class GcuHostWorker(CPUWorker):
         finally:
             runner.max_num_tokens = longest
 
-    execute_model = with_room(CPUWorker.execute_model)
-    sample_tokens = with_room(CPUWorker.sample_tokens)
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
+        self._stepping = True
+        try:
+            return step(self, *args)
+        finally:
+            self._stepping = False
+
+    @with_room
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._replay is not None and scheduler_output.scheduled_new_reqs:
+            self._replay.look_again()
+        return self._step(CPUWorker.execute_model, scheduler_output)
+
+    @with_room
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._step(CPUWorker.sample_tokens, grammar_output)
+
+    def take_draft_token_ids(self) -> Any:
+        return self._step(CPUWorker.take_draft_token_ids)
 
     def initialize_from_config(self, kv_cache_config) -> None:
         with LazyZeros():
@@ -73,4 +109,9 @@ class GcuHostWorker(CPUWorker):
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()
         keep_or_recall(self.vllm_config)
+        compiled = self.vllm_config.compilation_config.mode == CompilationMode.VLLM_COMPILE
+        if compiled and resolve().replay and not self.use_v2_model_runner:
+            from vllm_integration.replay import Replay  # which imports vLLM's attention
+
+            self._replay = self.model_runner._model_forward = Replay(self.model_runner)
         return times

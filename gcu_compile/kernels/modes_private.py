@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import _profiler_enabled
 
 
 def watched() -> bool:
     """Whether one is there: such as `torch.device(...)` as a context, by which new tensors lie elsewhere, fake tensors,
     a counter of operations, vmap."""
     return bool(_len_torch_function_stack() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None)
+
+
+def profiled() -> bool:
+    """Whether a profiler of torch notes the operations of this thread."""
+    return _profiler_enabled()

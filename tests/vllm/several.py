@@ -1,8 +1,9 @@
 """Runs several models through vLLM in one process: `python several.py requests.json replies.json`.
 
-Each request holds `llm`, `prompts` and, for models that generate, `sampling`; each reply holds tokens and the
-log-probabilities of the prompts' tokens, or embeddings, and which implementation ran how often. One process imports
-vLLM once.
+Each request holds `llm`, `prompts` and, for models that generate, `sampling`. It may hold `rounds`, how often the
+prompts are asked, and `environ`, variables for this engine alone. Each reply holds tokens and the log-probabilities of
+the prompts' tokens and of those that were written, or embeddings; which implementation ran how often; and what was
+replayed. One process imports vLLM once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def calls(worker) -> dict:
     from gcu_compile.kernels import registry
 
     found = {"/".join(key): count for key, count in registry.calls.items()}
-    return {"calls": found, "fallbacks": ["/".join(key) for key in registry.fallbacks]}
+    replay = getattr(worker, "_replay", None)
+    return {
+        "calls": found,
+        "fallbacks": ["/".join(key) for key in registry.fallbacks],
+        "replayed": replay and replay.replayed,
+        "recorded": sorted(replay.recorded) if replay else [],
+    }
 
 
 def prompt_of(given) -> dict:
@@ -65,15 +72,22 @@ def answer(request: dict) -> dict:
         from other_models import without_torchvision
 
         without_torchvision()
+    os.environ.update(request.get("environ", {}))
     llm = LLM(**request["llm"])
     prompts, reply = [prompt_of(given) for given in request["prompts"]], {}
     if "sampling" in request:
-        outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+        for _ in range(request.get("rounds", 1)):
+            outputs = llm.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
         reply["tokens"] = [list(o.outputs[0].token_ids) for o in outputs]
         reply["logprobs"] = [
             [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
             for o in outputs
             if o.prompt_logprobs
+        ]
+        reply["written"] = [
+            [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
+            for one in (o.outputs[0] for o in outputs)
+            if one.logprobs
         ]
     else:  # a pooling model
         reply["embeddings"] = [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)]
@@ -82,6 +96,8 @@ def answer(request: dict) -> dict:
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
+    for name in request.get("environ", {}):
+        del os.environ[name]
     return reply
 
 

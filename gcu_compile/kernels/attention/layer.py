@@ -17,6 +17,9 @@ from gcu_compile.kernels.host import build
 from gcu_compile.kernels.host import rope as host_write
 from gcu_compile.options import debug_checks
 
+# Fields of the C++ kernel's arguments that `Step` fills.
+TABLES = host.FIELDS.step[host.FIELDS.step.index("sequences") :]
+
 
 class Step:
     """Tables of a batch, checked and converted once for all layers; their numbers are read at each call.
@@ -41,8 +44,7 @@ class Step:
         self.threads = torch.get_num_threads()
         self.native = all(x.device.type == "cpu" for x in (block_table, query_start_loc, seq_lens))
         starts = self.query_start_loc.data_ptr()
-        # Fields `sequences` to `threads` of the C++ kernel's arguments.
-        self.tables = (
+        self.tables = (  # TABLES
             seq_lens.shape[0],
             self.block_table.data_ptr() or starts,  # an empty tensor has no address, and none means "dense"
             starts,
@@ -52,6 +54,17 @@ class Step:
             int(causal),
             self.threads,
         )
+
+    def numbers(self) -> tuple[int, ...]:
+        """All that a layer's calls take from it; `NUMBERS` says where they stand."""
+        return (*self.tables, 0 if self.slot_mapping is None else self.slot_mapping.data_ptr())
+
+
+# C++ function -> byte in its arguments -> which of `Step.numbers` stands there.
+NUMBERS = {
+    "gcu_attention": {host.FIELDS.offset(name): i for i, name in enumerate(TABLES)},
+    "gcu_rope_and_cache": {host_write.FIELDS.offset("slots"): len(TABLES)},
+}
 
 
 class Layer:
@@ -103,6 +116,12 @@ class Layer:
         if host_write.refuses(k, self.caches["k_cache"]) is None:
             fields, held = host_write.write_fields(self.dtype, **self.written)
             self._write, self._held_by_write = host_write.FIELDS.kept(fields), held
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that its kernels read and write but what they are called with."""
+        held = [*self.written.values(), *self.settings.values(), *getattr(self, "_held", ())]
+        held += [*getattr(self, "_held_by_write", ()), *(self._turn.tensors() if self._turn else ())]
+        return [x for x in held if isinstance(x, torch.Tensor)]
 
     def attend(self, q: torch.Tensor, output: torch.Tensor, step: Step) -> None:
         """`gcu::paged_attention` of `q` [tokens, heads, head_dim] into `output` [tokens, heads, v_dim]."""
@@ -231,6 +250,9 @@ class Turn:
         self.cos_sin, self.key, self.fields = cos_sin, key, host_write.FIELDS.kept(fields)
         self.k_at = heads * size * layer.dtype.itemsize
         self.v_at = self.k_at + layer.k_shape[0] * size * layer.dtype.itemsize
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [self.cos_sin, *self._held]
 
 
 def _are_slots(x: torch.Tensor) -> bool:

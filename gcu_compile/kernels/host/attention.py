@@ -18,6 +18,8 @@ FIELDS = Fields(
     "bias bias_dtype bias_batch bias_head bias_query bias_key alibi_slopes sinks scale soft_cap window "
     "dtype cache_dtype quantised quantised_scale",
     doubles=("scale", "soft_cap"),
+    addresses="q out block_table query_start_loc seq_lens k v k_scale v_scale k_zero v_zero bias alibi_slopes sinks "
+    "quantised quantised_scale",
 )
 
 

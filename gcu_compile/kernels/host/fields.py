@@ -14,15 +14,25 @@ class Fields:
     Args:
         step: those that change from call to call; they come first.
         layer: the others.
-        doubles: which of them are doubles.
+        doubles, addresses: which of them are doubles, and which pointers.
     """
 
-    def __init__(self, step: str, layer: str, doubles: tuple[str, ...] = ()):
+    def __init__(self, step: str, layer: str, doubles: tuple[str, ...] = (), addresses: str = ""):
         self.step, self.names = tuple(step.split()), (*step.split(), *layer.split())
+        self.addresses = tuple(addresses.split())
         formats = ["d" if name in doubles else "q" for name in self.names]
         self._all, self._step = struct.Struct("".join(formats)), struct.Struct("".join(formats[: len(self.step)]))
         #: `pack_step(*values)`: the step's fields, all of them, in their order; `pack_layer` gives what follows them.
         self.pack_step = self._step.pack
+
+    @property
+    def size(self) -> int:
+        """Bytes of all fields."""
+        return self._all.size
+
+    def offset(self, name: str) -> int:
+        """Where a field begins, in bytes."""
+        return 8 * self.names.index(name)
 
     def pack(self, values: Mapping[str, float]) -> bytes:
         """All fields; those that `values` lacks are 0 (a null pointer)."""

@@ -21,6 +21,8 @@ FIELDS = Fields(
     + SIDE.format("v")
     + "cos_sin cos_sin_stride rows rotary block_size slot_count eps interleaved dtype cache_dtype cos_sin_dtype",
     doubles=("eps",),
+    addresses="q q_out k v positions slots q_norm k_norm k_cache k_scale k_zero k_scale_cache v_cache v_scale v_zero "
+    "v_scale_cache cos_sin",
 )
 
 

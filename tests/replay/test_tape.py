@@ -1,0 +1,245 @@
+"""A tape gives, bit for bit, what the compiled function gives; what cannot be one is refused with the reason."""
+
+import threading
+
+import pytest
+import torch
+from torch.nn.functional import embedding, silu
+
+from gcu_compile.kernels.host import build
+from gcu_compile.kernels.linear import pack
+from gcu_compile.replay import generated_private
+from gcu_compile.replay import recorder as recorder_module
+from gcu_compile.replay.recorder import CannotRecordError, Recorder
+from gcu_compile.replay.tape import Scratch, Tape
+
+SIZE = 96
+POISON = 255  # every float of such bytes is NaN
+
+
+@pytest.fixture(autouse=True)
+def for_inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(0)
+    return [torch.randn(SIZE, SIZE) / SIZE**0.5 for _ in range(3)]
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="gcu", dynamic=False)
+
+
+def recorded(function, *inputs):
+    """A recorder of one run, and what it returned; the function was run before."""
+    function(*inputs)
+    recorder = Recorder()
+    with recorder:
+        output = function(*inputs)
+    return recorder, output
+
+
+def products_of_ours(weights):
+    """Our products and Inductor's kernels between them: a tape without Python."""
+    packed = [pack(w.bfloat16()) for w in weights]
+
+    def f(x):
+        for w in packed:
+            x = silu(torch.ops.gcu.linear(x, w, SIZE)) + x
+        return x
+
+    return f, packed, torch.bfloat16
+
+
+def products_of_torch(weights):
+    """Products that torch makes: they are called again from Python, with tensors in their new places."""
+
+    def f(x):
+        for w in weights:
+            x = silu(x @ w) + x
+        return x
+
+    return f, weights, torch.float32
+
+
+def operations_with_results(weights):
+    """Operations that return new tensors, some of them two."""
+
+    def f(x):
+        for w in weights:
+            values, _ = torch.topk(x @ w, SIZE)
+            x = torch.sort(silu(values) + x, -1)[0] * 2
+        return x
+
+    return f, weights, torch.float32
+
+
+KINDS = (products_of_ours, products_of_torch, operations_with_results)
+
+
+@pytest.mark.parametrize("rows", (1, 3, 16))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tape_gives_what_the_function_gives(kind, rows, weights):
+    f, held, dtype = kind(weights)
+    f = compiled(f)
+    x = torch.randn(rows, SIZE).to(dtype)
+    recorder, output = recorded(f, x)
+    assert recorder.refused is None
+    tape = Tape(recorder, [x], held, output)
+    assert tape.used == set(range(len(held)))
+    for _ in range(3):
+        x.copy_(torch.randn(rows, SIZE))
+        tape.scratch.fill_(POISON)
+        assert tape.run([x]) is None
+        assert torch.equal(tape.output, f(x))
+
+
+def test_intermediate_results_share_memory(weights):
+    f, held, dtype = products_of_ours(weights * 4)
+    recorder, output = recorded(compiled(f), torch.randn(8, SIZE).to(dtype))
+    x = torch.randn(8, SIZE).to(dtype)
+    recorder, output = recorded(compiled(f), x)
+    made = sum(tensor.untyped_storage().nbytes() for tensor in recorder.made)
+    assert Tape(recorder, [x], held, output).scratch.nbytes < made / 2
+
+
+def test_inputs_may_lie_elsewhere(weights):
+    f, held, dtype = products_of_ours(weights)
+    f = compiled(f)
+    recorder, output = recorded(f, torch.zeros(2, SIZE, dtype=dtype))
+    with pytest.raises(CannotRecordError, match="memory of no tensor"):
+        Tape(recorder, [torch.zeros(2, SIZE, dtype=dtype)], held, output)
+    x, y = (torch.randn(2, SIZE).to(dtype) for _ in range(2))
+    recorder, output = recorded(f, x)
+    tape = Tape(recorder, [x], held, output)
+    assert tape.run([y]) is None
+    assert torch.equal(tape.output, f(y))
+
+
+def test_an_input_that_an_operation_takes_stays_where_it_is(weights):
+    f, held, dtype = products_of_torch(weights)
+    f, x = compiled(f), torch.randn(2, SIZE)
+    recorder, output = recorded(f, x)
+    tape = Tape(recorder, [x], held, output)
+    assert tape.run([torch.randn(2, SIZE)]) == "input 0 lies elsewhere"
+
+
+def test_tapes_share_their_scratch(weights):
+    f, held, dtype = products_of_ours(weights)
+    f, scratch, tapes = compiled(f), Scratch(), []
+    for rows in (1, 2):
+        x = torch.randn(rows, SIZE).to(dtype)
+        recorder, output = recorded(f, x)
+        tapes.append((Tape(recorder, [x], held, output, scratch), x))
+    for tape, x in tapes + tapes[::-1]:
+        assert tape.run([x]) is None
+        assert torch.equal(tape.output, f(x))
+
+
+def test_a_kernel_that_throws_says_what_and_the_next_run_is_as_good_as_ever():
+    table = torch.randn(10, SIZE)
+    f = compiled(lambda ids: embedding(ids, table) * 2)
+    ids = torch.tensor([1, 2, 3])
+    recorder, output = recorded(f, ids)
+    tape = Tape(recorder, [ids], [table], output)
+    ids[1] = 10
+    assert "index out of bounds" in tape.run([ids])
+    ids[1] = 9
+    assert tape.run([ids]) is None
+    assert torch.equal(tape.output, table[ids] * 2)
+
+
+def test_calls_are_counted_as_often_as_they_run(weights):
+    f, held, dtype = products_of_ours(weights)
+    recorder, _ = recorded(compiled(f), torch.randn(1, SIZE).to(dtype))
+    assert recorder.counted == {("linear", "host_cpp"): len(weights)}
+
+
+def refused(function, *inputs, held=()):
+    recorder, output = recorded(function, *inputs)
+    with pytest.raises(CannotRecordError) as error:
+        Tape(recorder, inputs, held, output)
+    return str(error.value)
+
+
+def test_an_operation_outside_a_wrapper_is_refused(weights):
+    f = compiled(lambda x: silu(x) + 1)
+    assert "aten::mul" in refused(lambda x: f(x) * 2, torch.randn(2, SIZE))
+
+
+def test_a_number_read_from_a_tensor_is_refused():
+    f = compiled(lambda x: silu(x) + 1)
+    assert "aten::_local_scalar_dense" in refused(lambda x: (f(x), x[0, 0].item())[0], torch.randn(2, SIZE))
+
+
+def test_random_numbers_are_refused():
+    reason = refused(compiled(lambda x: torch.bernoulli(torch.sigmoid(x)) + x), torch.randn(2, SIZE))
+    assert "random" in reason
+
+
+def test_a_weight_that_nobody_holds_is_refused(weights):
+    f, held, dtype = products_of_ours(weights)
+    assert "gcu_linear reads or writes memory of no tensor" in refused(
+        compiled(f), torch.randn(1, SIZE).to(dtype), held=held[1:]
+    )
+
+
+def test_a_result_that_was_there_before_is_refused():
+    f = compiled(lambda x, y: (silu(x) + y, y)[1])
+    assert refused(f, torch.randn(2, SIZE), torch.randn(2, SIZE)) in (
+        "it calls no kernel that is known here",
+        "what it returns was not made by it",
+    )
+
+
+def test_inputs_that_share_memory_are_refused():
+    f = compiled(lambda x, y: silu(x) + y)
+    both = torch.randn(4, SIZE)
+    assert refused(f, both[:2], both[2:]) == "two of its inputs share memory"
+
+
+def test_a_function_that_is_not_known_is_refused(weights, monkeypatch):
+    f, held, dtype = products_of_ours(weights)
+    monkeypatch.setattr(recorder_module, "layouts", dict)
+    reason = refused(compiled(f), torch.randn(1, SIZE).to(dtype), held=held)
+    assert reason == "it calls gcu_linear, which is not among the functions that can be called again"
+
+
+def test_a_kernel_with_a_number_that_is_no_integer_is_refused():
+    class Kernel:
+        __self__ = generated_private
+        __call__ = staticmethod(lambda *args: None)
+
+    recorder = Recorder()
+    recorder._generated(Kernel())(torch.ones(2), 0.5)
+    assert "takes a float" in recorder.refused
+
+
+def test_nothing_stays_patched(weights):
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    load = build.load
+    with pytest.raises(KeyboardInterrupt), Recorder():
+        assert torch.empty is not empty
+        raise KeyboardInterrupt
+    assert (torch.empty, torch.Tensor.new_empty, build.load) == (empty, new_empty, load)
+    assert not torch.autograd._profiler_enabled()
+
+
+def test_other_threads_are_not_noted(weights):
+    f, held, dtype = products_of_ours(weights)
+    f, x = compiled(f), torch.randn(1, SIZE).to(dtype)
+    f(x)
+    recorder = Recorder()
+    with recorder:
+        other = threading.Thread(target=torch.inference_mode()(f), args=(x.clone(),))
+        other.start()
+        other.join()
+        output = f(x)
+    alone, _ = recorded(f, x)
+    assert [call.name for call in recorder.calls] == [call.name for call in alone.calls]
+    assert len(recorder.made) == len(alone.made)
+    assert torch.equal(output, f(x))
