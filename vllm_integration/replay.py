@@ -1,12 +1,16 @@
-"""Steps of few tokens without Python: a step's calls of kernels are noted once and made again (`gcu_compile/replay/`).
+"""Steps of few tokens without Python: a step's kernels are captured once and replayed (`gcu_compile/replay/`).
 
-    number of tokens met   1st, 2nd: as ever. 3rd: noted. 4th: made again, then as ever, and both compared, bit by bit.
-                           From then on: made again.
+    steps of one signature   1, 2: run normally, as a warm-up. 3: captured. 4: replayed, then run normally, and the
+                             results compared bit by bit. From then on: replayed; compared once more when another
+                             request has begun.
 
-A step's attention tables and its input tensors' addresses are read anew for each step. Weights and caches are looked at
-when a request begins, for to look at hundreds of tensors takes longer than many a product; and whoever gets at the
-model between steps (to load weights, to sleep, to add an adapter) makes everything be noted anew. What is not as it was
-goes the usual way, and so does a step that somebody watches: a shadow check, a profiler, a mode.
+Attention's tables and the inputs' addresses are read anew for each step. Weights and caches are checked when a request
+begins, for to look at hundreds of tensors takes longer than many a product; whoever gets at the model between steps (to
+load weights, to add an adapter) makes everything be captured anew. What is not as it was runs normally, and so does a
+step that somebody watches: a shadow check, a profiler, a mode.
+
+A step that is compared runs twice: its kernels write the same keys and values to the same slots of the cache. A model
+that changes a buffer of its own at every step is refused.
 """
 
 from __future__ import annotations
@@ -24,40 +28,48 @@ from vllm.forward_context import get_forward_context
 from gcu_compile.kernels import modes_private, registry
 from gcu_compile.kernels.attention.layer import NUMBERS, TABLES
 from gcu_compile.options import debug_checks
-from gcu_compile.replay.recorder import Call, CannotRecordError, Recorder
-from gcu_compile.replay.tape import Scratch, Tape
+from gcu_compile.replay.capture import CannotCaptureError, Capture, KernelCall, OperationCall
+from gcu_compile.replay.graph import KernelGraph, Workspace
 from vllm_integration.attention import GcuAttentionImpl, Metadata
 from vllm_integration.behaviours import log
 
 MOST_TOKENS = 64  # of a step; more take so long that Python's part is small
-MOST_TAPES = 64  # that are kept, the last used
-MET_BEFORE = 2  # steps of as many tokens, before one is noted: layers and libraries are known then
+MOST_GRAPHS = 64  # that are kept, the last used
+WARM_UPS = 2  # steps of a signature that run before one is captured: layers and libraries are known then
+VALIDATIONS = 2  # steps that are compared: the next one, and one after another request has begun
 MOST_REFUSALS = 3  # then no step of this model will do
-# vLLM's operations whose Python is ours, and what they call is seen.
-OURS = ("gcu::", "gcu_vllm::", "vllm::unified_attention_with_output", "vllm::unified_kv_cache_update")
-PER_GROUP = len(TABLES) + 1  # `Step.numbers`
+# Operations in Python, whose kernels are seen. vLLM's two call our attention, and a KV connector where there is one:
+# `can_replay` says no then.
+PYTHON_OPERATIONS = ("gcu::", "gcu_vllm::", "vllm::unified_attention_with_output", "vllm::unified_kv_cache_update")
+PER_GROUP = len(TABLES) + 1  # `attention.layer.Step.numbers`
+
+
+def can_replay(vllm_config: Any) -> bool:
+    """Whether all that a step does can be seen in one process: no other ranks, whose collectives must pair up, and no
+    connector that moves a layer's keys and values in Python."""
+    return vllm_config.parallel_config.world_size_across_dp == 1 and vllm_config.kv_transfer_config is None
 
 
 @dataclass
 class Step:
-    """What one step is made of, besides weights and caches.
+    """One step, besides weights and caches.
 
     Attributes:
         inputs: the model's tensors.
-        form: all that must be as it was.
+        signature: all that must be equal for a captured step to be replayed.
         layers: of each group of layers that share a cache's tables, their names.
-        numbers: `Step.numbers` of all groups, one after the other.
+        parameters: `attention.layer.Step.numbers` of all groups, one after the other.
     """
 
     inputs: list[torch.Tensor]
-    form: tuple
+    signature: tuple
     layers: list[list[str]]
-    numbers: list[int]
+    parameters: list[int]
 
 
 @dataclass
 class Entry:
-    """Where a model keeps tensors: `owner[name]`. `always`: it matters whether they are found in a tape or not."""
+    """Where a model keeps tensors: `owner[name]`. `always`: it matters whether a graph uses them or not."""
 
     owner: dict
     name: str
@@ -66,14 +78,15 @@ class Entry:
 
 
 @dataclass
-class Held:
-    """Tensors that a tape uses, and where the model keeps them."""
+class Persistent:
+    """Tensors that a graph uses, and where the model keeps them. Their memory is kept as long as the graph."""
 
     owners: list[dict] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
+    storages: list[torch.UntypedStorage] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
         self.owners.append(entry.owner)
@@ -81,8 +94,9 @@ class Held:
         self.values.append(entry.owner[entry.name])
         self.tensors += entry.tensors
         self.addresses += [tensor.data_ptr() for tensor in entry.tensors]
+        self.storages += [tensor.untyped_storage() for tensor in entry.tensors]
 
-    def stay(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether none was replaced or moved since."""
         return (
             all(map(operator.is_, map(dict.get, self.owners, self.names), self.values))
@@ -92,29 +106,34 @@ class Held:
 
 @dataclass
 class Known:
-    """Steps of one form. `proven`: made again, one gave what the usual way gives; `looked`: what is held is there."""
+    """Steps of one signature. `checked`: its weights and caches are unchanged; `validations`: equal results so far."""
 
-    met: int = 0
-    tape: Tape | None = None
-    held: Held | None = None
-    proven: bool = False
-    looked: bool = False
+    warm_ups: int = 0
+    graph: KernelGraph | None = None
+    persistent: Persistent | None = None
+    validations: int = 0
+    checked: bool = False
+    due: bool = True  # a validation
+
+    def forget(self) -> None:
+        self.warm_ups, self.graph, self.persistent = 0, None, None
+        self.validations, self.checked, self.due = 0, False, True
 
 
-class Replay:
+class StepReplay:
     """In the place of a model runner's `_model_forward`, which vLLM has so that it can be replaced."""
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._forward = runner, runner._model_forward
         self._known: OrderedDict[tuple, Known] = OrderedDict()
-        self._refusals, self._scratch = 0, Scratch()
-        #: Steps that ran as tapes, and the calls of the tapes that were made.
-        self.replayed, self.recorded = 0, set()
+        self._refusals, self._workspace = 0, Workspace()
+        #: Steps that were replayed, and what their graphs call.
+        self.replayed, self.captured = 0, set()
 
-    def look_again(self) -> None:
-        """Weights and caches may have been replaced: look at them before the next run."""
+    def check_again(self) -> None:
+        """A request begins: weights and caches may have been replaced through a reference that somebody kept."""
         for known in self._known.values():
-            known.looked = False
+            known.checked, known.due = False, known.validations < VALIDATIONS
 
     def forget(self) -> None:
         """The model may be another now."""
@@ -129,107 +148,120 @@ class Replay:
         inputs_embeds: torch.Tensor | None = None,
         **more: Any,
     ) -> Any:
-        def as_ever() -> Any:
+        def run_normally() -> Any:
             return self._forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
 
         step = None
         if self._refusals < MOST_REFUSALS and intermediate_tensors is None and not more:
-            step = read_step([input_ids, positions, inputs_embeds])
+            step = read_step(input_ids, positions, inputs_embeds)
         if step is None:
-            return as_ever()
-        known = self._known.get(step.form)
-        if known is None:
-            known = self._known[step.form] = Known()
-            if len(self._known) > MOST_TAPES:
-                self._known.popitem(last=False)
-        self._known.move_to_end(step.form)
-        if known.tape is None:
-            known.met += 1
-            return as_ever() if known.met <= MET_BEFORE else self._record(step, known, as_ever)
-        if not known.looked and not known.held.stay():
-            known.tape, known.met, known.proven = None, 0, False
-            return as_ever()
-        known.looked = True
-        if not known.proven:
-            return self._prove(step, known, as_ever)
-        if known.tape.run(step.inputs, step.numbers) is not None:
-            return as_ever()  # which says what is wrong with the step
-        registry.calls.update(known.tape.counted)
+            return run_normally()
+        known = self._entry(step.signature)
+        if known.graph is None:
+            known.warm_ups += 1
+            return run_normally() if known.warm_ups <= WARM_UPS else self._capture(step, known, run_normally)
+        if not known.checked and not known.persistent.unchanged():
+            known.forget()
+            return run_normally()
+        known.checked = True
+        if known.due:
+            return self._validate(step, known, run_normally)
+        if reason := known.graph.replay(step.inputs, step.parameters):
+            log.debug("A step of %d tokens runs normally: %s.", step.inputs[0].shape[0], reason)
+            return run_normally()  # which says it, where the step is at fault
+        registry.calls.update(known.graph.counted)
         self.replayed += 1
-        return known.tape.output.clone()  # some callers keep it beyond the next step
+        return known.graph.output.clone()  # vLLM keeps some beyond the next step
 
-    def _record(self, step: Step, known: Known, as_ever: Callable[[], Any]) -> Any:
-        recorder = Recorder(in_python=OURS)
-        with recorder:
-            output = as_ever()
+    def _entry(self, signature: tuple) -> Known:
+        known = self._known.setdefault(signature, Known())
+        self._known.move_to_end(signature)
+        if len(self._known) > MOST_GRAPHS:
+            self._known.popitem(last=False)
+        return known
+
+    def _capture(self, step: Step, known: Known, run_normally: Callable[[], Any]) -> Any:
+        model = self._runner.get_model()
+        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        capture = Capture(PYTHON_OPERATIONS)
+        with capture:
+            output = run_normally()
         try:
             if not isinstance(output, torch.Tensor):
-                raise CannotRecordError(f"the model returns a {type(output).__name__}")
+                raise CannotCaptureError(f"the model returns a {type(output).__name__}")
+            if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+                raise CannotCaptureError("a hook of one of its modules wants to see each step")
+            if not all(torch.equal(_bytes(buffer), _bytes(copy)) for buffer, copy in before):
+                raise CannotCaptureError("the model changes one of its buffers")
             context = get_forward_context()
             layers = [context.no_compile_layers[name] for names in step.layers for name in names]
-            entries = [*caches_of(layers), *weights_of(self._runner.get_model())]
+            entries = [*caches_of(layers), *weights_of(model)]
             tensors = [tensor for entry in entries for tensor in entry.tensors]
-            numbers = numbers_in(recorder.calls, step.numbers)
-            known.tape = Tape(recorder, step.inputs, tensors, output, self._scratch, numbers)
-        except CannotRecordError as reason:
+            parameters = find_parameters(capture.calls, step.parameters)
+            known.graph = KernelGraph(capture, step.inputs, tensors, output, self._workspace, parameters)
+        except CannotCaptureError as reason:
             self._refuse(known, str(reason))
             return output
-        used = {tensors[i].data_ptr() for i in known.tape.used}
-        known.held = Held()
+        used = {tensors[i].untyped_storage().data_ptr() for i in known.graph.used}
+        known.persistent = Persistent()
         for entry in entries:
-            if entry.always or any(tensor.data_ptr() in used for tensor in entry.tensors):
-                known.held.add(entry)
+            if entry.always or any(tensor.untyped_storage().data_ptr() in used for tensor in entry.tensors):
+                known.persistent.add(entry)
         return output.clone()
 
-    def _prove(self, step: Step, known: Known, as_ever: Callable[[], Any]) -> Any:
-        known.tape.scratch.fill_(255)  # NaN: what is read must have been written
-        if known.tape.run(step.inputs, step.numbers) is not None:
-            return as_ever()
-        mine = known.tape.output.view(torch.uint8).clone()
-        output = as_ever()
-        if torch.equal(mine, output.view(torch.uint8)):
-            known.proven = True
-            self.recorded.update(known.tape.calls)
-            tokens = output.shape[0]
-            log.info("Steps of %d tokens are replayed from now on: %d calls.", tokens, len(known.tape.calls))
-        else:
-            log.warning("A step's kernels, called again, gave other numbers than the step.")
-            self._refuse(known, "their kernels, called again, gave other numbers")
+    def _validate(self, step: Step, known: Known, run_normally: Callable[[], Any]) -> Any:
+        known.graph.poison()
+        if reason := known.graph.replay(step.inputs, step.parameters):
+            self._refuse(known, reason)
+            return run_normally()
+        replayed = _bytes(known.graph.output).clone()
+        output = run_normally()
+        if not torch.equal(replayed, _bytes(output)):
+            log.warning("A step's kernels, called again, gave other numbers than the step. Please report the model.")
+            self._refuse(known, "their kernels, called again, gave other numbers", finally_=True)
+            return output
+        if not known.validations:
+            self.captured.update(known.graph.calls)
+            log.info("Steps of %d tokens are replayed: %d calls.", output.shape[0], len(known.graph.calls))
+        known.validations += 1
+        known.due = False
         return output
 
-    def _refuse(self, known: Known, reason: str) -> None:
-        known.tape, known.met = None, 0
-        self._refusals += 1
+    def _refuse(self, known: Known, reason: str, finally_: bool = False) -> None:
+        known.forget()
+        self._refusals = MOST_REFUSALS if finally_ else self._refusals + 1
         if self._refusals == MOST_REFUSALS:
+            self._known.clear()
             log.info("Steps of few tokens are not replayed: %s.", reason)
 
 
-def read_step(given: Sequence[torch.Tensor | None]) -> Step | None:
-    """The step that runs now, with these ids, positions and embeddings; None: it is none to be replayed."""
+def read_step(
+    input_ids: torch.Tensor | None, positions: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> Step | None:
+    """The step that runs now; None: it is none to be replayed."""
     if registry.watcher is not None or modes_private.watched() or modes_private.profiled() or debug_checks():
         return None
-    ids, _, embeddings = given
-    rows = ids if ids is not None else embeddings
+    rows = input_ids if input_ids is not None else inputs_embeds
     context = get_forward_context()
     metadata = context.attn_metadata
     if rows is None or rows.shape[0] > MOST_TOKENS or not isinstance(metadata, dict) or context.skip_compiled:
         return None
-    inputs = [tensor for tensor in given if tensor is not None]
     groups: dict[int, list[str]] = {}
     for name, tables in metadata.items():
         if type(tables) is not Metadata:
             return None
         groups.setdefault(id(tables), []).append(name)
-    layers, numbers, slots = list(groups.values()), [], []
+    layers, parameters, slots = list(groups.values()), [], []
     for names in layers:
         step = metadata[names[0]].step
         if not step.native or step.slot_mapping is None:
             return None
-        numbers += step.numbers()
+        parameters += step.numbers()
         slots.append(step.slot_mapping.shape[0])
+    given = (input_ids, positions, inputs_embeds)
     forms = tuple(None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in given)
-    form = (forms, tuple(map(tuple, layers)), tuple(slots), torch.get_num_threads())
-    return Step(inputs, form, layers, numbers)
+    signature = (forms, tuple(map(tuple, layers)), tuple(slots), torch.get_num_threads())
+    return Step([x for x in given if x is not None], signature, layers, parameters)
 
 
 def caches_of(layers: Sequence[Any]) -> Iterator[Entry]:
@@ -237,7 +269,7 @@ def caches_of(layers: Sequence[Any]) -> Iterator[Entry]:
     for layer in layers:
         impl = layer.impl
         if not isinstance(impl, GcuAttentionImpl) or impl._layer is None or not torch.is_tensor(layer.kv_cache):
-            raise CannotRecordError(f"{type(impl).__name__} keeps its cache in another way")
+            raise CannotCaptureError(f"{type(impl).__name__} keeps its cache in another way")
         yield Entry(vars(layer), "kv_cache", [layer.kv_cache], always=True)
         yield Entry(vars(impl), "_layer", impl._layer.tensors(), always=True)
 
@@ -251,16 +283,24 @@ def weights_of(model: torch.nn.Module) -> Iterator[Entry]:
                     yield Entry(owner, name, [tensor])
 
 
-def numbers_in(calls: Sequence[Call], numbers: Sequence[int]) -> dict[tuple[int, int], int]:
-    """(call, byte in its structure) -> which of the step's numbers stands there."""
+def find_parameters(
+    calls: Sequence[KernelCall | OperationCall], parameters: Sequence[int]
+) -> dict[tuple[int, int], int]:
+    """(call, byte in its structure) -> which of a step's parameters stands there."""
     found: dict[tuple[int, int], int] = {}
     for i, call in enumerate(calls):
-        fields = NUMBERS.get(call.name, {})
-        there = {at: struct.unpack_from("q", call.arguments, at)[0] for at in fields}
-        for first in range(0, len(numbers), PER_GROUP):
-            if all(there[at] == numbers[first + n] for at, n in fields.items()):
-                found |= {(i, at): first + n for at, n in fields.items()}
-                break
-        else:
-            raise CannotRecordError(f"{call.name} does not read the step's tables")
+        if call.name not in NUMBERS:
+            continue
+        fields = NUMBERS[call.name]
+        values = {slot: struct.unpack_from("q", call.arguments, slot)[0] for slot in fields}
+        groups = range(0, len(parameters), PER_GROUP)
+        first = next((g for g in groups if all(values[s] == parameters[g + n] for s, n in fields.items())), None)
+        if first is None:
+            raise CannotCaptureError(f"{call.name} does not read the step's tables")
+        found |= {(i, slot): first + n for slot, n in fields.items()}
     return found
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Its numbers, so that NaN equals NaN and 0 is not -0."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -33,8 +33,8 @@ class GcuHostWorker(CPUWorker):
     @property
     def model_runner(self) -> Any:
         """Whoever gets at the runner between steps may change what it holds: weights, adapters, caches."""
-        if self._replay is not None and not self._stepping:
-            self._replay.forget()
+        if not self._stepping:
+            self.forget_steps()
         return self._runner
 
     @model_runner.setter
@@ -92,7 +92,7 @@ class GcuHostWorker(CPUWorker):
     @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._replay is not None and scheduler_output.scheduled_new_reqs:
-            self._replay.look_again()
+            self._replay.check_again()
         return self._step(CPUWorker.execute_model, scheduler_output)
 
     @with_room
@@ -102,6 +102,19 @@ class GcuHostWorker(CPUWorker):
     def take_draft_token_ids(self) -> Any:
         return self._step(CPUWorker.take_draft_token_ids)
 
+    def start_weight_update(self) -> None:
+        self.forget_steps()
+        super().start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        self.forget_steps()  # those that ran since the update began
+        super().update_weights(update_info)
+
+    def forget_steps(self) -> None:
+        """Capture steps anew: the model may be another."""
+        if self._replay is not None:
+            self._replay.forget()
+
     def initialize_from_config(self, kv_cache_config) -> None:
         with LazyZeros():
             super().initialize_from_config(kv_cache_config)
@@ -110,8 +123,10 @@ class GcuHostWorker(CPUWorker):
         times = super().compile_or_warm_up_model()
         keep_or_recall(self.vllm_config)
         compiled = self.vllm_config.compilation_config.mode == CompilationMode.VLLM_COMPILE
-        if compiled and resolve().replay and not self.use_v2_model_runner:
-            from vllm_integration.replay import Replay  # which imports vLLM's attention
+        if compiled and resolve().replay and not self.use_v2_model_runner and self._replay is None:
+            from vllm_integration import replay  # which imports vLLM's attention
 
-            self._replay = self.model_runner._model_forward = Replay(self.model_runner)
+            if replay.can_replay(self.vllm_config):
+                load_ahead("replay")
+                self._replay = self.model_runner._model_forward = replay.StepReplay(self.model_runner)
         return times

@@ -7,7 +7,6 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch._inductor.codecache import PyCodeCache
@@ -37,26 +36,20 @@ def address(kernel: Callable) -> int:
 
 
 # How wrappers reach operations of torch: name in the wrapper -> path.
-OWNERS = {
+NAMESPACES = {
     "torch": "torch",
     "aten": "torch.ops.aten",
     "inductor_ops": "torch.ops.inductor",
     "_quantized": "torch.ops._quantized",
     "extern_kernels": "extern_kernels",
 }
+COLLECTIVES = ("torch.ops._c10d_functional.", "torch.ops.c10d.")
 
 
-def owners_of_operations(wrapper: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Names and values of what a wrapper finds operations in."""
-    for name in OWNERS:
-        if hasattr(wrapper, name):
-            yield name, getattr(wrapper, name)
+def operation_at(path: str) -> str | None:
+    """The operation at a path, or the beginning of its name; None: the path leads to no operation.
 
-
-def operation(path: str) -> str | None:
-    """What lies at a path: an operation's name, or the beginning of one; None: no part of an operation's name.
-
-    >>> operation("torch.ops.aten.mm"), operation("torch.ops.aten"), operation("torch.float32")
+    >>> operation_at("torch.ops.aten.mm"), operation_at("torch.ops.aten"), operation_at("torch.float32")
     ('aten::mm', 'aten::', None)
     """
     if path.startswith("extern_kernels."):
@@ -68,24 +61,35 @@ def operation(path: str) -> str | None:
 
 
 class SeenOperations:
-    """As a context: the names of the operations that torch's dispatcher ran in this thread, once each, in `names`.
+    """As a context: sees which operations torch's dispatcher runs in this thread.
 
-    Seen from outside, without a mode: operations take the way that they take without. The profiler of old does it,
-    for today's writes to the log of every process that starts it.
+    From outside, without a mode: operations take the way that they take without. The profiler of old does it, for
+    today's writes to the log of every process that starts it.
     """
 
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+        self._sees = False
+
     def __enter__(self) -> SeenOperations:
-        self.names: dict[str, None] = {}
         self._start()
         return self
 
     def __exit__(self, *error) -> None:
-        self._stop()
+        self.stop()
+
+    def stop(self) -> list[str]:
+        """The names of the operations, each once; none is seen from now on."""
+        if self._sees:
+            self._sees = False
+            names = (event.name() for events in _disable_profiler_legacy() for event in events)
+            self._names |= dict.fromkeys(name for name in names if "::" in name)
+        return list(self._names)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Operations within are not seen."""
-        self._stop()
+        self.stop()
         try:
             yield
         finally:
@@ -94,7 +98,4 @@ class SeenOperations:
     def _start(self) -> None:
         off = (False,) * 5
         _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, *off, torch._C._profiler._ExperimentalConfig()))
-
-    def _stop(self) -> None:
-        names = (event.name() for events in _disable_profiler_legacy() for event in events)
-        self.names |= dict.fromkeys(name for name in names if "::" in name)
+        self._sees = True

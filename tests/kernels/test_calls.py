@@ -16,7 +16,6 @@ SOURCES = {
     ("int8_gemm", "gcu_int8_gemm"): ("gemm/int8_product.h", "Arguments"),
     ("int8_gemm", "gcu_quantize"): ("int8_gemm.cpp", "Quantize"),
     ("prologues", "gcu_prologue"): ("prologues.cpp", "Arguments"),
-    ("weighted_sum", "gcu_weighted_sum"): ("weighted_sum.cpp", "Arguments"),
 }
 BYTES = {"int64_t": 8, "double": 8, "int32_t": 4}
 
@@ -49,4 +48,4 @@ def test_layouts_are_those_of_the_sources(key):
     assert sorted(layout.addresses) == addresses
     assert layout.size in (at, at + at % 8)
     returns = re.search(rf'extern "C" (\w+) {key[1]}\(', (build.HERE / f"{key[0]}.cpp").read_text())[1]
-    assert layout.answers == (returns == "int32_t")
+    assert layout.returns_status == (returns == "int32_t")

@@ -45,7 +45,7 @@ def calls(worker) -> dict:
         "calls": found,
         "fallbacks": ["/".join(key) for key in registry.fallbacks],
         "replayed": replay and replay.replayed,
-        "recorded": sorted(replay.recorded) if replay else [],
+        "captured": sorted(replay.captured) if replay else [],
     }
 
 

@@ -59,9 +59,9 @@ def test_replayed_steps_write_what_others_write(replies, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_replayed(replies, name):
-    recorded = replies[name][0]["worker"]["recorded"]
-    assert {MODELS[name][3], "gcu_attention", "gcu_rope_and_cache"} <= set(recorded)
-    assert "are replayed from now on" in replies[name][0]["log"]
+    captured = replies[name][0]["worker"]["captured"]
+    assert {MODELS[name][3], "gcu_attention", "gcu_rope_and_cache"} <= set(captured)
+    assert "tokens are replayed" in replies[name][0]["log"]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gcu_compile.kernels.dequant_gemm  # noqa: F401 - first: it and the modules below import each other
-from gcu_compile.kernels.host import attention, dequant_gemm, int8_gemm, linear, prologues, rope, weighted_sum
+from gcu_compile.kernels.host import attention, dequant_gemm, int8_gemm, linear, prologues, rope
 from gcu_compile.kernels.host.fields import Fields
 
 
@@ -23,12 +23,12 @@ class Layout:
     Attributes:
         size: bytes.
         addresses: where the pointers are, in bytes.
-        answers: whether the function returns 0, or another number where it refuses what it was given.
+        returns_status: whether the function returns 0, or another number where it refuses what it was given.
     """
 
     size: int
     addresses: tuple[int, ...]
-    answers: bool = False
+    returns_status: bool = False
 
     def read(self, argument: Any) -> bytes:
         """The structure that a function was called with: packed, in a buffer, or by reference."""
@@ -53,7 +53,7 @@ def _of_struct(packed: struct.Struct) -> Layout:
 
 
 def _of_fields(fields: Fields) -> Layout:
-    return Layout(fields.size, tuple(map(fields.offset, fields.addresses)), answers=True)
+    return Layout(fields.size, tuple(map(fields.offset, fields.addresses)), returns_status=True)
 
 
 def _of_ctypes(structure: type[ctypes.Structure]) -> Layout:
@@ -75,5 +75,4 @@ def layouts() -> dict[tuple[str, str], Layout]:
         ("int8_gemm", "gcu_int8_gemm"): _of_struct(int8_gemm.FIELDS),
         ("int8_gemm", "gcu_quantize"): _of_ctypes(int8_gemm.Quantize),
         ("prologues", "gcu_prologue"): _of_struct(prologues.FIELDS),
-        ("weighted_sum", "gcu_weighted_sum"): _of_struct(weighted_sum.FIELDS),
     }

@@ -1,5 +1,6 @@
-"""A tape gives, bit for bit, what the compiled function gives; what cannot be one is refused with the reason."""
+"""A graph gives, bit for bit, what the compiled function gives; what cannot be one is refused with the reason."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -8,13 +9,12 @@ from torch.nn.functional import embedding, silu
 
 from gcu_compile.kernels.host import build
 from gcu_compile.kernels.linear import pack
+from gcu_compile.replay import capture as capture_module
 from gcu_compile.replay import generated_private
-from gcu_compile.replay import recorder as recorder_module
-from gcu_compile.replay.recorder import CannotRecordError, Recorder
-from gcu_compile.replay.tape import Scratch, Tape
+from gcu_compile.replay.capture import CannotCaptureError, Capture
+from gcu_compile.replay.graph import KernelGraph, Workspace
 
 SIZE = 96
-POISON = 255  # every float of such bytes is NaN
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,17 @@ def compiled(function):
     return torch.compile(function, backend="gcu", dynamic=False)
 
 
-def recorded(function, *inputs):
-    """A recorder of one run, and what it returned; the function was run before."""
+def captured(function, *inputs):
+    """A capture of one run, and what it returned; the function was run before."""
     function(*inputs)
-    recorder = Recorder()
-    with recorder:
+    capture = Capture()
+    with capture:
         output = function(*inputs)
-    return recorder, output
+    return capture, output
 
 
 def products_of_ours(weights):
-    """Our products and Inductor's kernels between them: a tape without Python."""
+    """Our products and Inductor's kernels between them: a graph without Python."""
     packed = [pack(w.bfloat16()) for w in weights]
 
     def f(x):
@@ -83,86 +83,86 @@ KINDS = (products_of_ours, products_of_torch, operations_with_results)
 
 @pytest.mark.parametrize("rows", (1, 3, 16))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tape_gives_what_the_function_gives(kind, rows, weights):
+def test_a_graph_gives_what_the_function_gives(kind, rows, weights):
     f, held, dtype = kind(weights)
     f = compiled(f)
     x = torch.randn(rows, SIZE).to(dtype)
-    recorder, output = recorded(f, x)
-    assert recorder.refused is None
-    tape = Tape(recorder, [x], held, output)
-    assert tape.used == set(range(len(held)))
+    capture, output = captured(f, x)
+    assert capture.refused is None
+    graph = KernelGraph(capture, [x], held, output)
+    assert graph.used == set(range(len(held)))
     for _ in range(3):
         x.copy_(torch.randn(rows, SIZE))
-        tape.scratch.fill_(POISON)
-        assert tape.run([x]) is None
-        assert torch.equal(tape.output, f(x))
+        graph.poison()
+        assert graph.replay([x]) is None
+        assert torch.equal(graph.output, f(x))
 
 
 def test_intermediate_results_share_memory(weights):
     f, held, dtype = products_of_ours(weights * 4)
-    recorder, output = recorded(compiled(f), torch.randn(8, SIZE).to(dtype))
+    capture, output = captured(compiled(f), torch.randn(8, SIZE).to(dtype))
     x = torch.randn(8, SIZE).to(dtype)
-    recorder, output = recorded(compiled(f), x)
-    made = sum(tensor.untyped_storage().nbytes() for tensor in recorder.made)
-    assert Tape(recorder, [x], held, output).scratch.nbytes < made / 2
+    capture, output = captured(compiled(f), x)
+    made = sum(tensor.untyped_storage().nbytes() for tensor in capture.intermediates)
+    assert KernelGraph(capture, [x], held, output)._block.nbytes < made / 2
 
 
 def test_inputs_may_lie_elsewhere(weights):
     f, held, dtype = products_of_ours(weights)
     f = compiled(f)
-    recorder, output = recorded(f, torch.zeros(2, SIZE, dtype=dtype))
-    with pytest.raises(CannotRecordError, match="memory of no tensor"):
-        Tape(recorder, [torch.zeros(2, SIZE, dtype=dtype)], held, output)
+    capture, output = captured(f, torch.zeros(2, SIZE, dtype=dtype))
+    with pytest.raises(CannotCaptureError, match="memory of no tensor"):
+        KernelGraph(capture, [torch.zeros(2, SIZE, dtype=dtype)], held, output)
     x, y = (torch.randn(2, SIZE).to(dtype) for _ in range(2))
-    recorder, output = recorded(f, x)
-    tape = Tape(recorder, [x], held, output)
-    assert tape.run([y]) is None
-    assert torch.equal(tape.output, f(y))
+    capture, output = captured(f, x)
+    graph = KernelGraph(capture, [x], held, output)
+    assert graph.replay([y]) is None
+    assert torch.equal(graph.output, f(y))
 
 
 def test_an_input_that_an_operation_takes_stays_where_it_is(weights):
     f, held, dtype = products_of_torch(weights)
     f, x = compiled(f), torch.randn(2, SIZE)
-    recorder, output = recorded(f, x)
-    tape = Tape(recorder, [x], held, output)
-    assert tape.run([torch.randn(2, SIZE)]) == "input 0 lies elsewhere"
+    capture, output = captured(f, x)
+    graph = KernelGraph(capture, [x], held, output)
+    assert graph.replay([torch.randn(2, SIZE)]) == "input 0 lies elsewhere"
 
 
-def test_tapes_share_their_scratch(weights):
+def test_graphs_share_their_workspace(weights):
     f, held, dtype = products_of_ours(weights)
-    f, scratch, tapes = compiled(f), Scratch(), []
+    f, workspace, graphs = compiled(f), Workspace(), []
     for rows in (1, 2):
         x = torch.randn(rows, SIZE).to(dtype)
-        recorder, output = recorded(f, x)
-        tapes.append((Tape(recorder, [x], held, output, scratch), x))
-    for tape, x in tapes + tapes[::-1]:
-        assert tape.run([x]) is None
-        assert torch.equal(tape.output, f(x))
+        capture, output = captured(f, x)
+        graphs.append((KernelGraph(capture, [x], held, output, workspace), x))
+    for graph, x in graphs + graphs[::-1]:
+        assert graph.replay([x]) is None
+        assert torch.equal(graph.output, f(x))
 
 
 def test_a_kernel_that_throws_says_what_and_the_next_run_is_as_good_as_ever():
     table = torch.randn(10, SIZE)
     f = compiled(lambda ids: embedding(ids, table) * 2)
     ids = torch.tensor([1, 2, 3])
-    recorder, output = recorded(f, ids)
-    tape = Tape(recorder, [ids], [table], output)
+    capture, output = captured(f, ids)
+    graph = KernelGraph(capture, [ids], [table], output)
     ids[1] = 10
-    assert "index out of bounds" in tape.run([ids])
+    assert "index out of bounds" in graph.replay([ids])
     ids[1] = 9
-    assert tape.run([ids]) is None
-    assert torch.equal(tape.output, table[ids] * 2)
+    assert graph.replay([ids]) is None
+    assert torch.equal(graph.output, table[ids] * 2)
 
 
 def test_calls_are_counted_as_often_as_they_run(weights):
     f, held, dtype = products_of_ours(weights)
-    recorder, _ = recorded(compiled(f), torch.randn(1, SIZE).to(dtype))
-    assert recorder.counted == {("linear", "host_cpp"): len(weights)}
+    capture, _ = captured(compiled(f), torch.randn(1, SIZE).to(dtype))
+    assert capture.counted == {("linear", "host_cpp"): len(weights)}
 
 
 def refused(function, *inputs, held=()):
-    recorder, output = recorded(function, *inputs)
-    with pytest.raises(CannotRecordError) as error:
-        Tape(recorder, inputs, held, output)
+    capture, output = captured(function, *inputs)
+    with pytest.raises(CannotCaptureError) as error:
+        KernelGraph(capture, inputs, held, output)
     return str(error.value)
 
 
@@ -189,11 +189,33 @@ def test_a_weight_that_nobody_holds_is_refused(weights):
 
 
 def test_a_result_that_was_there_before_is_refused():
-    f = compiled(lambda x, y: (silu(x) + y, y)[1])
-    assert refused(f, torch.randn(2, SIZE), torch.randn(2, SIZE)) in (
-        "it calls no kernel that is known here",
-        "what it returns was not made by it",
-    )
+    f = compiled(lambda x, y: silu(x) + y)
+    assert refused(lambda x, y: (f(x, y), y)[1], torch.ones(2), torch.ones(2)) == "what it returns was there before"
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy], ids=["tolist", "numpy"])
+def test_numbers_that_python_reads_are_refused(read):
+    f = compiled(lambda x: silu(x) + 1)
+    assert "aten::resolve_" in refused(lambda x: (f(x), read(x))[0], torch.randn(2, SIZE))
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_result_of_no_certain_size_is_refused():
+    f = compiled(lambda x: silu(torch.nonzero(x).float()) + 1)
+    assert "returns as many numbers as its input's values say" in refused(f, torch.tensor([0.0, 1.0, 2.0]))
+
+
+def test_an_operation_that_fails_later_says_why(weights):
+    f, held, _ = products_of_torch(weights)
+    x = torch.randn(2, SIZE)
+    capture, output = captured(compiled(f), x)
+    first = next(call for call in capture.calls if call.name.startswith("extern_kernels"))
+
+    def fails(*args, **kwargs):
+        raise ValueError("no more")
+
+    capture.calls[capture.calls.index(first)] = dataclasses.replace(first, function=fails)
+    assert KernelGraph(capture, [x], held, output).replay([x]) == "ValueError: no more"
 
 
 def test_inputs_that_share_memory_are_refused():
@@ -204,9 +226,9 @@ def test_inputs_that_share_memory_are_refused():
 
 def test_a_function_that_is_not_known_is_refused(weights, monkeypatch):
     f, held, dtype = products_of_ours(weights)
-    monkeypatch.setattr(recorder_module, "layouts", dict)
+    monkeypatch.setattr(capture_module, "layouts", dict)
     reason = refused(compiled(f), torch.randn(1, SIZE).to(dtype), held=held)
-    assert reason == "it calls gcu_linear, which is not among the functions that can be called again"
+    assert reason == "it calls gcu_linear, whose arguments are not known"
 
 
 def test_a_kernel_with_a_number_that_is_no_integer_is_refused():
@@ -214,32 +236,43 @@ def test_a_kernel_with_a_number_that_is_no_integer_is_refused():
         __self__ = generated_private
         __call__ = staticmethod(lambda *args: None)
 
-    recorder = Recorder()
-    recorder._generated(Kernel())(torch.ones(2), 0.5)
-    assert "takes a float" in recorder.refused
+    capture = Capture()
+    capture._generated(Kernel())(torch.ones(2), 0.5)
+    assert "takes a float" in capture.refused
 
 
 def test_nothing_stays_patched(weights):
     empty, new_empty = torch.empty, torch.Tensor.new_empty
     load = build.load
-    with pytest.raises(KeyboardInterrupt), Recorder():
+    with pytest.raises(KeyboardInterrupt), Capture():
         assert torch.empty is not empty
         raise KeyboardInterrupt
     assert (torch.empty, torch.Tensor.new_empty, build.load) == (empty, new_empty, load)
     assert not torch.autograd._profiler_enabled()
 
 
+def test_one_run_is_captured_at_a_time(weights):
+    load = build.load
+    with Capture() as first, Capture() as second:
+        pass
+    assert first.refused is None and second.refused == "another thread captures a run"
+    assert build.load is load
+    with Capture() as third:
+        pass
+    assert third.refused is None
+
+
 def test_other_threads_are_not_noted(weights):
     f, held, dtype = products_of_ours(weights)
     f, x = compiled(f), torch.randn(1, SIZE).to(dtype)
     f(x)
-    recorder = Recorder()
-    with recorder:
+    capture = Capture()
+    with capture:
         other = threading.Thread(target=torch.inference_mode()(f), args=(x.clone(),))
         other.start()
         other.join()
         output = f(x)
-    alone, _ = recorded(f, x)
-    assert [call.name for call in recorder.calls] == [call.name for call in alone.calls]
-    assert len(recorder.made) == len(alone.made)
+    alone, _ = captured(f, x)
+    assert [call.name for call in capture.calls] == [call.name for call in alone.calls]
+    assert len(capture.intermediates) == len(alone.intermediates)
     assert torch.equal(output, f(x))

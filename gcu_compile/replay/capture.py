@@ -1,4 +1,4 @@
-"""Watches one run of a compiled model and notes the calls of its kernels."""
+"""Watches one run of a compiled model and notes what it calls."""
 
 from __future__ import annotations
 
@@ -21,52 +21,59 @@ from gcu_compile.kernels.host.calls import layouts
 from gcu_compile.replay import generated_private
 
 MOST_ARGUMENTS = 32  # of an Inductor kernel; as in replay.cpp
-# Operations of torch that move no data, or only by others that are seen as well. What one makes is looked at where a
-# kernel gets it.
+# Operations of torch that move no data, or only by others that are seen as well. What one allocates is looked at where
+# a kernel gets it. `resolve_conj` and `resolve_neg` are not among them: `Tensor.numpy` and `tolist` show as these.
 VIEWS = """alias as_strided broadcast_to chunk contiguous detach empty empty_like empty_strided expand expand_as flatten
-lift_fresh narrow new_empty new_empty_strided numpy_T permute reshape _reshape_alias reshape_as resolve_conj resolve_neg
-select slice split split_with_sizes squeeze t to transpose unbind unflatten unsqueeze unsafe_chunk unsafe_split
-unsafe_split_with_sizes _unsafe_view view view_as"""
+lift_fresh narrow new_empty new_empty_strided permute reshape _reshape_alias reshape_as select slice split
+split_with_sizes squeeze t to transpose unbind unflatten unsqueeze unsafe_chunk unsafe_split unsafe_split_with_sizes
+_unsafe_view view view_as"""
 MOVES_NOTHING = frozenset(f"aten::{name}" for name in VIEWS.split())
+# Tags of operations that say of a later call something else than of this one.
+UNFIT = {
+    torch.Tag.nondeterministic_seeded: "draws random numbers",
+    torch.Tag.dynamic_output_shape: "returns as many numbers as its input's values say",
+    torch.Tag.data_dependent_output: "returns a number",
+}
+_capturing = threading.Lock()  # what is patched meanwhile belongs to the process
 
 
-class CannotRecordError(Exception):
-    """Why a run cannot become a tape."""
+class CannotCaptureError(Exception):
+    """Why a run cannot be replayed."""
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One call of a C function.
 
     Attributes:
         name: for a reader.
         function: its address.
         arguments: integers and addresses; of a function of ours, its structure.
-        at: which arguments, or which bytes of the structure, are addresses.
-        answers: whether what it returns must be 0.
+        slots: which arguments, or which bytes of the structure, are addresses.
+        returns_status: whether what it returns must be 0.
     """
 
     name: str
     function: int
     arguments: tuple[int, ...] | bytes
-    at: tuple[int, ...]
-    answers: bool = False
+    slots: tuple[int, ...]
+    returns_status: bool = False
 
     def addresses(self) -> list[int]:
-        """The addresses, in the order of `at`; 0: none is given."""
+        """What is in the slots; 0: no tensor is given."""
         if isinstance(self.arguments, bytes):
-            return [struct.unpack_from("q", self.arguments, at)[0] for at in self.at]
-        return [self.arguments[i] for i in self.at]
+            return [struct.unpack_from("q", self.arguments, slot)[0] for slot in self.slots]
+        return [self.arguments[slot] for slot in self.slots]
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One call of an operation of torch's that a wrapper calls between kernels; it is called again from Python.
+class OperationCall:
+    """One call of an operation of torch's that a wrapper of Inductor's calls: it is called again from Python.
 
     Attributes:
         name: for a reader.
         function, args, kwargs: what was called.
-        results: the tensors that it made and returned; those that it was given are not among them.
+        results: the tensors that it allocated and returned; those that it was given are not among them.
     """
 
     name: str
@@ -81,10 +88,12 @@ class Operation:
         return [*tensors_in((self.args, tuple(self.kwargs.values()))), *self.results]
 
     @property
-    def at(self) -> range:
+    def slots(self) -> range:
+        """Numbers of its tensors."""
         return range(len(self.tensors))
 
     def addresses(self) -> list[int]:
+        """Where its tensors begin; 0: one of no numbers."""
         return [tensor.data_ptr() for tensor in self.tensors]
 
 
@@ -95,30 +104,35 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for one in value for tensor in tensors_in(one)] if isinstance(value, (list, tuple)) else []
 
 
-class Recorder:
+class Capture:
     """As a context: notes what runs in this thread, of kernels and of operations that wrappers of Inductor's call.
 
     Args:
-        in_python: how names of operations begin that are Python, whose own operations and kernels are seen.
+        python_operations: how names of operations begin that are Python, whose own operations and kernels are seen.
 
     Attributes:
         calls: in order.
-        made: the tensors that were allocated meanwhile; none is freed, so that no address means two things.
-        counted: how often which implementation of which fused operation ran in `Call`s (`registry.calls`).
-        refused: why the run cannot become a tape, or None; known after leaving.
+        intermediates: the tensors that were allocated meanwhile; none is freed, so that no address means two things.
+        counted: how often which implementation of which fused operation ran as a `KernelCall` (`registry.calls`).
+        refused: why the run cannot be replayed, or None; known after leaving.
     """
 
-    def __init__(self, in_python: tuple[str, ...] = ("gcu::",)) -> None:
-        self.calls: list[Call | Operation] = []
-        self.made: list[torch.Tensor] = []
+    def __init__(self, python_operations: tuple[str, ...] = ("gcu::",)) -> None:
+        self.calls: list[KernelCall | OperationCall] = []
+        self.intermediates: list[torch.Tensor] = []
         self.counted: Counter = Counter()
         self.refused: str | None = None
-        self.in_python, self._thread = in_python, threading.get_ident()
+        self.python_operations, self._thread = python_operations, threading.get_ident()
         self._inside = False  # of an operation, which will run as a whole
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Capture:
+        self._stack = contextlib.ExitStack()
+        if not _capturing.acquire(blocking=False):
+            self.refuse("another thread captures a run")
+            return self
         self._before = registry.calls.copy()
         with contextlib.ExitStack() as stack:
+            stack.callback(_capturing.release)
             stack.enter_context(mock.patch.object(build, "load", functools.partial(Library, self, build.load)))
             stack.enter_context(mock.patch.object(torch, "empty", self._keeping(torch.empty)))
             stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)))
@@ -126,22 +140,26 @@ class Recorder:
                 patched = {name: self._generated(kernel) for name, kernel in generated_private.kernels(wrapper)}
                 allocate = getattr(wrapper, generated_private.ALLOCATE)
                 patched[generated_private.ALLOCATE] = self._keeping(allocate)
-                for name, owner in generated_private.owners_of_operations(wrapper):
-                    patched[name] = Owner(self, owner, generated_private.OWNERS[name])
+                for name, path in generated_private.NAMESPACES.items():
+                    if hasattr(wrapper, name):
+                        patched[name] = Namespace(self, getattr(wrapper, name), path)
                 stack.enter_context(mock.patch.multiple(wrapper, **patched))
             self._seen = stack.enter_context(generated_private.SeenOperations())
+            stack.callback(self._finish)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
-        self.counted += registry.calls - self._before
-        seen = [name for name in self._seen.names if not name.startswith(self.in_python)]
-        if others := [name for name in seen if name not in MOVES_NOTHING]:
-            self.refuse(f"it runs {', '.join(others)} where it cannot be noted")
+
+    def _finish(self) -> None:
+        self.counted = registry.calls - self._before
+        names = [name for name in self._seen.stop() if not name.startswith(self.python_operations)]
+        if others := [name for name in names if name not in MOVES_NOTHING]:
+            self.refuse(f"it runs {', '.join(others)} where they cannot be captured")
 
     def refuse(self, reason: str) -> None:
-        """Let this run not become a tape; the first reason counts."""
+        """Let this run not be replayed; the first reason counts."""
         self.refused = self.refused or reason
 
     def watches(self) -> bool:
@@ -153,7 +171,7 @@ class Recorder:
         def call(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             if self.watches():
-                self.made.append(tensor)
+                self.intermediates.append(tensor)
             return tensor
 
         return call
@@ -171,12 +189,12 @@ class Recorder:
             if other := [type(a).__name__ for a in args if not isinstance(a, (torch.Tensor, int))]:
                 return self.refuse(f"kernel {name} takes a {other[0]}")
             numbers = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in args)
-            at = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
-            self.calls.append(Call(name, generated_private.address(kernel), numbers, at))
+            slots = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
+            self.calls.append(KernelCall(name, generated_private.address(kernel), numbers, slots))
 
         return call
 
-    def operate(self, name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call_operation(self, name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operation and note it."""
         if not self.watches():
             return function(*args, **kwargs)
@@ -187,58 +205,71 @@ class Recorder:
         finally:
             self._inside = False
             self._before += registry.calls - counted  # it counts itself when it runs again
+        try:
+            results = self._results(name, function, result, tensors_in((args, tuple(kwargs.values()))))
+        except Exception as error:  # the run itself is well: tensors without a storage, and what else there may be
+            self.refuse(f"{name}: {error}")
+        else:
+            self.intermediates += results
+            self.calls.append(OperationCall(name, function, args, kwargs, results))
+        return result
+
+    def _results(self, name: str, function: Callable, result: Any, given: list[torch.Tensor]) -> tuple:
+        """The new tensors among what an operation returned."""
+        tags = getattr(getattr(function, "default", function), "tags", ())
+        for tag, what in UNFIT.items():
+            if tag in tags:
+                self.refuse(f"{name} {what}")
+        if name.startswith(generated_private.COLLECTIVES):
+            self.refuse(f"{name} returns before its result is there")
         returned = result if isinstance(result, (list, tuple)) else [result]
-        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
-            self.refuse(f"{name} draws random numbers")
         if other := [type(one).__name__ for one in returned if one is not None and not torch.is_tensor(one)]:
             self.refuse(f"{name} returns a {other[0]}")
-        given = {x.untyped_storage().data_ptr() for x in tensors_in((args, tuple(kwargs.values())))}
-        results = [one for one in returned if torch.is_tensor(one)]
-        new = tuple(x for x in results if x.untyped_storage().data_ptr() not in given)
-        if new and len(new) < len(results):
-            self.refuse(f"{name} returns both what it was given and what it made")
-        self.made += new
-        self.calls.append(Operation(name, function, args, kwargs, new))
-        return result
+        storages = {tensor.untyped_storage().data_ptr() for tensor in given}
+        tensors = [one for one in returned if torch.is_tensor(one)]
+        new = tuple(one for one in tensors if one.untyped_storage().data_ptr() not in storages)
+        if new and len(new) < len(tensors):
+            self.refuse(f"{name} returns both what it was given and what it allocated")
+        return new
 
 
 class Library:
     """A library of ours, whose functions are noted when they are called."""
 
-    def __init__(self, recorder: Recorder, load: Callable[[str], ctypes.CDLL], name: str):
-        self._recorder, self._name, self._library = recorder, name, load(name)
+    def __init__(self, capture: Capture, load: Callable[[str], ctypes.CDLL], name: str):
+        self._capture, self._name, self._library = capture, name, load(name)
 
     def __getattr__(self, function: str) -> Callable:
-        original, recorder = getattr(self._library, function), self._recorder
+        original, capture = getattr(self._library, function), self._capture
         layout = layouts().get((self._name, function))
 
         def call(*arguments: Any) -> Any:
             result = original(*arguments)
-            if not recorder.watches():
+            if not capture.watches():
                 return result
             if layout is None or len(arguments) != 1:
-                recorder.refuse(f"it calls {function}, which is not among the functions that can be called again")
+                capture.refuse(f"it calls {function}, whose arguments are not known")
             else:
                 address = ctypes.cast(original, ctypes.c_void_p).value
                 packed = layout.read(arguments[0])
-                recorder.calls.append(Call(function, address, packed, layout.addresses, layout.answers))
+                capture.calls.append(KernelCall(function, address, packed, layout.addresses, layout.returns_status))
             return result
 
         return call
 
 
-class Owner:
+class Namespace:
     """Something that a wrapper finds operations in, such as `torch.ops`: they are noted when they are called."""
 
-    def __init__(self, recorder: Recorder, owner: Any, path: str):
-        self._recorder, self._owner, self._path = recorder, owner, path
+    def __init__(self, capture: Capture, value: Any, path: str):
+        self._capture, self._value, self._path = capture, value, path
 
     def __getattr__(self, name: str) -> Any:
-        value, path = getattr(self._owner, name), f"{self._path}.{name}"
-        operation = generated_private.operation(path)
-        if operation is None or operation.startswith(self._recorder.in_python):
+        value, path = getattr(self._value, name), f"{self._path}.{name}"
+        operation = generated_private.operation_at(path)
+        if operation is None or operation.startswith(self._capture.python_operations):
             return value
-        return Owner(self._recorder, value, path)
+        return Namespace(self._capture, value, path)
 
     def __call__(self, *args, **kwargs) -> Any:
-        return self._recorder.operate(self._path, self._owner, args, kwargs)
+        return self._capture.call_operation(self._path, self._value, args, kwargs)
