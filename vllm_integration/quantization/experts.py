@@ -7,6 +7,7 @@ vLLM's own classes make and load the parameters of each format (`create_weights`
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 
 import torch
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 import gcu_compile.kernels.prologues  # noqa: F401
 from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import formats
+from gcu_compile.kernels.host import experts as at_once
 from gcu_compile.kernels.host import weighted_sum as host
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization import progress
@@ -42,7 +44,8 @@ class Experts(FusedMoEMethodBase):
     """What the formats share. `process_weights_after_loading` leaves gcu_w13_* and gcu_w2_* on the layer."""
 
     prefix = ""
-    libraries = ("dequant_gemm", "weighted_sum")  # of the host's kernels
+    libraries = ("dequant_gemm", "route", "weighted_sum")  # of the host's kernels
+    int8 = False  # whether activations are
 
     def __init__(self, moe, prefix: str = "") -> None:
         FusedMoEMethodBase.__init__(self, moe)  # the formats' own __init__ choose kernels that a CPU has not
@@ -107,6 +110,10 @@ class Experts(FusedMoEMethodBase):
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden]."""
+        if layer.expert_map is None and not layer.apply_router_weight_on_input:
+            found = self._at_once(layer, x, topk_weights, topk_ids)
+            if found is not None:
+                return found
         tokens, top_k = topk_ids.shape
         ids = topk_ids.reshape(-1).long()
         if layer.expert_map is not None:
@@ -122,14 +129,33 @@ class Experts(FusedMoEMethodBase):
             gate_up = self._routed(layer, x, order // top_k, offsets)
         return weighted_sum(self._down(layer, gate_up, offsets), order, weights)
 
+    def _at_once(self, layer, x, topk_weights, topk_ids) -> torch.Tensor | None:
+        """The same on the host, for experts that were met before; None: operation by operation."""
+        parts = []
+        for part in PARTS:
+            weight, scales, zeros, g_idx = (getattr(layer, f"gcu_{part}_{name}", None) for name in TENSORS)
+            if g_idx is not None:
+                return None
+            bias, layout = self._bias(layer, part), getattr(layer, f"gcu_{part}_layout")
+            parts.append(at_once.Part(weight, scales, zeros, bias, layout))
+        activate = None
+        if not (self.int8 and layer.activation == MoEActivation.SILU):
+            activate = functools.partial(gated, ACTIVATIONS[layer.activation])
+        return at_once.run(x, topk_weights, topk_ids, *parts, int8=self.int8, activate=activate)
+
     def _routed(self, layer, x: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Gate and up of the rows `tokens` of x, which are sorted by expert."""
         return self._product(layer, "w13", x.index_select(0, tokens), offsets)
 
     def _down(self, layer, gate_up: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """The activation and the second product."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._product(layer, "w2", ACTIVATIONS[layer.activation](gate) * up, offsets)
+        return self._product(layer, "w2", gated(ACTIVATIONS[layer.activation], gate_up), offsets)
+
+
+def gated(activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """[rows, inner] of gate and up, side by side."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 def weighted_sum(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -271,7 +297,8 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
 class Int8Product:
     """Products of experts with int8 weights and activations, quantised per token."""
 
-    libraries = ("int8_gemm", "prologues", "weighted_sum")
+    libraries = ("int8_gemm", "prologues", "route", "weighted_sum")
+    int8 = True
 
     def _put(self, layer, part, linears, drop) -> None:
         super()._put(layer, part, (linear.of_integers() for linear in linears), drop)

@@ -58,7 +58,7 @@ class Layer:
     __slots__ = ("groups", "k", "layout", "n", "numbers", "pointers")
 
     def __init__(self, layout: str, k: int, weight, scales, zeros, bias, g_idx):
-        self.groups, self.n = scales.shape
+        self.groups, self.n = scales.shape[-2:]
         self.layout, self.k = layout, k
         self.pointers = tuple(0 if x is None else x.data_ptr() for x in (weight, scales, zeros, g_idx, bias))
         dtypes = (NONE if x is None else DTYPES[x.dtype] for x in (scales, zeros, bias))
@@ -74,8 +74,24 @@ class Layer:
             build.load("dequant_gemm").gcu_dequant_gemm(fields)
         return y
 
+    def multiply_grouped(self, x, offsets, experts: int, scales=None, dtype=None) -> torch.Tensor:
+        """[rows, n] of contiguous x [rows, k]: expert e takes the rows from offsets[e] to offsets[e + 1], and every row
+        has one. The layer is that of all experts.
+
+        Args:
+            scales, dtype: of integers, which these are not.
+        """
+        y = torch.empty((x.shape[0], self.n), dtype=x.dtype)
+        sizes = (x.shape[0], self.k, self.n, self.groups, self.k)
+        numbers = (DTYPES[x.dtype], *self.numbers, torch.get_num_threads())
+        fields = (x.data_ptr(), *self.pointers, y.data_ptr(), *sizes, *numbers, offsets.data_ptr(), experts)
+        build.load("dequant_gemm").gcu_dequant_gemm_grouped(GROUPED.pack(*fields))
+        return y
+
 
 _layers = Known()
+#: Layers of all experts, as `run_grouped` met them.
+experts = Known()
 
 
 def rows_of(x: torch.Tensor, k: int) -> tuple[torch.Tensor, int, int]:
@@ -131,15 +147,18 @@ def run_grouped(x, offsets, weight, scales, zeros=None, g_idx=None, bias=None, *
     """`gcu::dequant_gemm_grouped`: the experts that have rows, in one team of threads."""
     arguments = (x, offsets, weight, scales, zeros, g_idx, bias)
     check.grouped(check.dequant_gemm, "dequant_gemm_grouped", *arguments, layout=layout)
-    experts, groups, n = scales.shape
+    (count, groups, n), given = scales.shape, (weight, scales, zeros, bias)
     x, offsets = x if x.stride(-1) == 1 else x.contiguous(), offsets.to(torch.int64).contiguous()
     y = between(offsets, torch.empty(x.shape[0], n, dtype=x.dtype))
     # Converted tensors must live until the call is over.
-    weight, zeros = weight.contiguous(), whole(zeros, (experts, groups, n))
-    scales, bias = whole(scales, (experts, groups, n)), whole(bias, (experts, n))
+    weight, zeros = weight.contiguous(), whole(zeros, (count, groups, n))
+    scales, bias = whole(scales, (count, groups, n)), whole(bias, (count, n))
     g_idx = None if g_idx is None else check.group_indices(g_idx.to(torch.int32).contiguous(), groups)
     fields = _fields(x, weight, scales, zeros, g_idx, bias, y, layouts.get(layout).bits)
-    build.load("dequant_gemm").gcu_dequant_gemm_grouped(GROUPED.pack(*fields, offsets.data_ptr(), experts))
+    build.load("dequant_gemm").gcu_dequant_gemm_grouped(GROUPED.pack(*fields, offsets.data_ptr(), count))
+    read = (weight, scales, zeros, bias)
+    if g_idx is None and as_they_lie(given, read):
+        experts.keep(Layer(layout, x.shape[1], *read, None), *given)
     return y
 
 

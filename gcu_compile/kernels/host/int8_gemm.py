@@ -100,8 +100,20 @@ class Layer:
             build.load("int8_gemm").gcu_int8_gemm(fields)
         return y
 
+    def multiply_grouped(self, x, offsets, experts: int, scales: torch.Tensor | None, dtype) -> torch.Tensor:
+        """[rows, n] in `dtype` of contiguous x [rows, k], int8 with its scales [rows, 1] or floating point: expert e
+        takes the rows from offsets[e] to offsets[e + 1], and every row has one. The layer is that of all experts."""
+        y, (m, k) = torch.empty((x.shape[0], self.n), dtype=dtype), x.shape
+        pointers = (x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0, *self.pointers, y.data_ptr())
+        numbers = (m, k, self.n, k, DTYPES[x.dtype], DTYPES[dtype], self.bias_dtype, torch.get_num_threads())
+        fields = GROUPED.pack(*pointers, *numbers, offsets.data_ptr(), experts)
+        build.load("int8_gemm").gcu_int8_gemm_grouped(fields)
+        return y
+
 
 _layers = Known()
+#: Layers of all experts, as `run_grouped` met them.
+experts = Known()
 
 
 def run(
@@ -170,24 +182,28 @@ def _fields(x, x_scales, x_zeros, weight, scales, zeros, bias, y) -> tuple[int, 
 def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None) -> torch.Tensor:
     """`gcu::int8_gemm_grouped`: the experts that have rows, in one team of threads."""
     check.int8_grouped(x, offsets, weight, scales, x_scales, bias, layout=layout, out_dtype=out_dtype)
-    (experts, _, n), m = scales.shape, x.shape[0]
+    (count, _, n), m = scales.shape, x.shape[0]
+    given = (weight, scales, None, bias)
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
     x, offsets = x if x.stride(-1) == 1 else x.contiguous(), offsets.to(torch.int64).contiguous()
     y = between(offsets, torch.empty(m, n, dtype=out_dtype))
-    bias = whole(bias, (experts, n))
+    bias = whole(bias, (count, n))
     # Converted tensors must live until the call is over.
     held = (
         x,
         _column(x_scales, m, torch.float32),
         None,
         weight.contiguous(),
-        _column(scales, experts * n, torch.float32),
+        _column(scales, count * n, torch.float32),
         None,
         bias,
         y,
     )
-    fields = GROUPED.pack(*_fields(*held), offsets.data_ptr(), experts)
+    fields = GROUPED.pack(*_fields(*held), offsets.data_ptr(), count)
     build.load("int8_gemm").gcu_int8_gemm_grouped(fields)
+    read = (held[3], held[4], None, bias)
+    if as_they_lie(given, read):
+        experts.keep(Layer(layout, n, x.shape[1], *read), *given)
     return y
 
 

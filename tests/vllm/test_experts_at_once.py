@@ -1,0 +1,131 @@
+"""Experts in one go are, bit for bit, experts operation by operation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gcu_compile.kernels import registry
+from gcu_compile.kernels.dequant_gemm import layouts
+
+pytestmark = pytest.mark.vllm
+EXPERTS, TOP, HIDDEN, INNER, GROUP = 6, 3, 96, 64, 32
+BITS = {"int4": 4, "int8 weights": 8, "w8a8": 8}
+
+
+def method_of(kind):
+    from vllm_integration.quantization.experts import Experts, Int8Product
+
+    class Method(*((Int8Product,) if kind == "w8a8" else ()), Experts):
+        def __init__(self):
+            self.moe = SimpleNamespace(has_bias=False)
+
+        def create_weights(self, *args, **more):
+            """Abstract in vLLM; the layer has its weights."""
+
+    return Method()
+
+
+def layer_of(kind, activation, zeros=False, bias=False, scales_dtype=torch.float32):
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    g, bits = torch.Generator().manual_seed(0), BITS[kind]
+    form = layouts.get("host_int4" if bits == 4 else "host_int8")
+    layer = SimpleNamespace(
+        expert_map=None,
+        local_num_experts=EXPERTS,
+        apply_router_weight_on_input=False,
+        activation=MoEActivation[activation],
+    )
+    for part, (n, k) in {"w13": (2 * INNER, HIDDEN), "w2": (HIDDEN, INNER)}.items():
+        groups = 1 if kind == "w8a8" else k // GROUP
+        low, high = form.range
+        codes = torch.randint(low, high + 1, (EXPERTS, n, k), generator=g)
+        setattr(layer, f"gcu_{part}_weight", torch.stack([layouts.pack(one, form) for one in codes]))
+        scales = (torch.rand(EXPERTS, groups, n, generator=g) + 0.5) / high / k**0.5
+        setattr(layer, f"gcu_{part}_scales", scales.to(scales_dtype))
+        if zeros:
+            made = torch.randint(low, high + 1, (EXPERTS, groups, n), generator=g).float()
+            setattr(layer, f"gcu_{part}_zeros", made)
+        for name in ("zeros", "g_idx"):
+            if not hasattr(layer, f"gcu_{part}_{name}"):
+                setattr(layer, f"gcu_{part}_{name}", None)
+        setattr(layer, f"gcu_{part}_layout", form.name)
+        if bias:
+            setattr(layer, f"{part}_bias", torch.randn(EXPERTS, n, generator=g))
+    layer._loaded_expert_biases = {"w13_bias", "w2_bias"} if bias else set()
+    return layer
+
+
+def routed(tokens, dtype, ids_dtype, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, HIDDEN, generator=g).to(dtype)
+    weights, ids = torch.rand(tokens, EXPERTS - 1, generator=g).topk(TOP)  # the last expert has no rows
+    return x, weights, ids.to(ids_dtype)
+
+
+def both(method, layer, arguments, monkeypatch):
+    """(operation by operation, in one go)"""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(method), "_at_once", lambda *args: None)
+        expected = method.apply(layer, *arguments, None, None)
+    found = method._at_once(layer, *arguments)
+    return expected, found
+
+
+@pytest.mark.parametrize("tokens", (1, 5, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("activation", ("SILU", "GELU"))
+@pytest.mark.parametrize("kind", BITS)
+def test_the_same_numbers(kind, activation, dtype, tokens, monkeypatch):
+    method, layer = method_of(kind), layer_of(kind, activation)
+    for seed, ids_dtype in enumerate((torch.int32, torch.int64)):
+        expected, found = both(method, layer, routed(tokens, dtype, ids_dtype, seed), monkeypatch)
+        assert found is not None and found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("more", ({"zeros": True}, {"bias": True}, {"scales_dtype": torch.bfloat16}), ids=str)
+def test_zeros_biases_and_scales(more, monkeypatch):
+    method, layer = method_of("int4"), layer_of("int4", "SILU", **more)
+    expected, found = both(method, layer, routed(7, torch.bfloat16, torch.int32), monkeypatch)
+    assert found is not None and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_the_same_kernels_are_counted(kind, monkeypatch):
+    method, layer = method_of(kind), layer_of(kind, "SILU")
+    arguments = routed(5, torch.bfloat16, torch.int32)
+    both(method, layer, arguments, monkeypatch)
+    counts = []
+    for at_once in (True, False):
+        with monkeypatch.context() as patch:
+            if not at_once:
+                patch.setattr(type(method), "_at_once", lambda *args: None)
+            before = registry.calls.copy()
+            method.apply(layer, *arguments, None, None)
+            counts.append(registry.calls - before)
+    assert counts[0] == counts[1]
+
+
+def test_what_goes_operation_by_operation(monkeypatch):
+    method, layer = method_of("int4"), layer_of("int4", "SILU")
+    x, weights, ids = routed(5, torch.bfloat16, torch.int32)
+    assert method._at_once(layer, x, weights, ids) is None  # not met before
+    expected, found = both(method, layer, (x, weights, ids), monkeypatch)
+    assert torch.equal(found, expected)
+    wide = torch.randn(5, 2 * HIDDEN).bfloat16()[:, ::2]
+    elsewhere = ids.clone()
+    elsewhere[2, 1] = -1
+    beyond = ids.clone()
+    beyond[2, 1] = EXPERTS
+    for given in ((wide, weights, ids), (x, weights.double(), ids), (x, weights, elsewhere), (x, weights, beyond)):
+        assert method._at_once(layer, *given) is None
+    assert method._at_once(layer, x[:0], weights[:0], ids[:0]) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "watcher", lambda op, name, run, site, args, kwargs: run(*args, **kwargs))
+        assert method._at_once(layer, x, weights, ids) is None
+    layer.gcu_w2_scales = layer.gcu_w2_scales * 2
+    assert method._at_once(layer, x, weights, ids) is None  # replaced since
+    expected, found = both(method, layer, (x, weights, ids), monkeypatch)
+    assert torch.equal(found, expected)
