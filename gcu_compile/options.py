@@ -93,7 +93,7 @@ class Options:
         changes_code=True,
     )
     replay: bool = _option(
-        True, "vLLM on the host: steps of few tokens are noted once and their kernels called again without Python."
+        True, "vLLM on the host: steps of few tokens are captured once and replayed without Python."
     )
     emulate: str = _option(
         "", "Emulate this card in host memory.", choices=("", "gcu300", "gcu400"), changes_code=True

@@ -51,7 +51,7 @@ def can_replay(vllm_config: Any) -> bool:
 
 
 @dataclass
-class Step:
+class StepInputs:
     """One step, besides weights and caches.
 
     Attributes:
@@ -105,7 +105,7 @@ class Persistent:
 
 
 @dataclass
-class Known:
+class CapturedStep:
     """Steps of one signature. `checked`: its weights and caches are unchanged; `validations`: equal results so far."""
 
     warm_ups: int = 0
@@ -125,8 +125,8 @@ class StepReplay:
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._forward = runner, runner._model_forward
-        self._known: OrderedDict[tuple, Known] = OrderedDict()
-        self._refusals, self._workspace = 0, Workspace()
+        self._known: OrderedDict[tuple, CapturedStep] = OrderedDict()
+        self._refusals, self._wrong, self._workspace = 0, False, Workspace()
         #: Steps that were replayed, and what their graphs call.
         self.replayed, self.captured = 0, set()
 
@@ -136,7 +136,7 @@ class StepReplay:
             known.checked, known.due = False, known.validations < VALIDATIONS
 
     def forget(self) -> None:
-        """The model may be another now."""
+        """The model may be another now. That replay was wrong is not forgotten."""
         self._known.clear()
         self._refusals = 0
 
@@ -152,15 +152,16 @@ class StepReplay:
             return self._forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
 
         step = None
-        if self._refusals < MOST_REFUSALS and intermediate_tensors is None and not more:
+        possible = self._refusals < MOST_REFUSALS and not self._wrong
+        if possible and intermediate_tensors is None and not more:
             step = read_step(input_ids, positions, inputs_embeds)
         if step is None:
             return run_normally()
-        known = self._entry(step.signature)
+        known = self._of(step.signature)
         if known.graph is None:
             known.warm_ups += 1
             return run_normally() if known.warm_ups <= WARM_UPS else self._capture(step, known, run_normally)
-        if not known.checked and not known.persistent.unchanged():
+        if not known.checked and (not known.persistent.unchanged() or modes_private.hooked(self._runner.get_model())):
             known.forget()
             return run_normally()
         known.checked = True
@@ -173,43 +174,49 @@ class StepReplay:
         self.replayed += 1
         return known.graph.output.clone()  # vLLM keeps some beyond the next step
 
-    def _entry(self, signature: tuple) -> Known:
-        known = self._known.setdefault(signature, Known())
+    def _of(self, signature: tuple) -> CapturedStep:
+        known = self._known.setdefault(signature, CapturedStep())
         self._known.move_to_end(signature)
         if len(self._known) > MOST_GRAPHS:
             self._known.popitem(last=False)
         return known
 
-    def _capture(self, step: Step, known: Known, run_normally: Callable[[], Any]) -> Any:
-        model = self._runner.get_model()
-        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    def _capture(self, step: StepInputs, known: CapturedStep, run_normally: Callable[[], Any]) -> Any:
+        before = [(buffer, buffer.clone()) for buffer in self._runner.get_model().buffers()]
         capture = Capture(PYTHON_OPERATIONS)
         with capture:
             output = run_normally()
         try:
             if not isinstance(output, torch.Tensor):
                 raise CannotCaptureError(f"the model returns a {type(output).__name__}")
-            if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-                raise CannotCaptureError("a hook of one of its modules wants to see each step")
             if not all(torch.equal(_bytes(buffer), _bytes(copy)) for buffer, copy in before):
                 raise CannotCaptureError("the model changes one of its buffers")
-            context = get_forward_context()
-            layers = [context.no_compile_layers[name] for names in step.layers for name in names]
-            entries = [*caches_of(layers), *weights_of(model)]
-            tensors = [tensor for entry in entries for tensor in entry.tensors]
-            parameters = find_parameters(capture.calls, step.parameters)
-            known.graph = KernelGraph(capture, step.inputs, tensors, output, self._workspace, parameters)
+            known.graph, known.persistent = self._build(capture, step, output)
         except CannotCaptureError as reason:
             self._refuse(known, str(reason))
             return output
-        used = {tensors[i].untyped_storage().data_ptr() for i in known.graph.used}
-        known.persistent = Persistent()
-        for entry in entries:
-            if entry.always or any(tensor.untyped_storage().data_ptr() in used for tensor in entry.tensors):
-                known.persistent.add(entry)
+        except Exception as error:  # the step is well: sparse weights, and what else there may be
+            self._refuse(known, f"{type(error).__name__}: {error}")
+            return output
         return output.clone()
 
-    def _validate(self, step: Step, known: Known, run_normally: Callable[[], Any]) -> Any:
+    def _build(self, capture: Capture, step: StepInputs, output: torch.Tensor) -> tuple[KernelGraph, Persistent]:
+        model, context = self._runner.get_model(), get_forward_context()
+        if modes_private.hooked(model):
+            raise CannotCaptureError("a hook of one of its modules wants to see each step")
+        layers = [context.no_compile_layers[name] for names in step.layers for name in names]
+        entries = [*caches_of(layers), *weights_of(model)]
+        tensors = [tensor for entry in entries for tensor in entry.tensors]
+        parameters, count = find_parameters(capture.calls, step.parameters), len(step.parameters)
+        graph = KernelGraph(capture, step.inputs, tensors, output, self._workspace, parameters, count)
+        used = {tensors[i].untyped_storage().data_ptr() for i in graph.used}
+        persistent = Persistent()
+        for entry in entries:
+            if entry.always or any(tensor.untyped_storage().data_ptr() in used for tensor in entry.tensors):
+                persistent.add(entry)
+        return graph, persistent
+
+    def _validate(self, step: StepInputs, known: CapturedStep, run_normally: Callable[[], Any]) -> Any:
         known.graph.poison()
         if reason := known.graph.replay(step.inputs, step.parameters):
             self._refuse(known, reason)
@@ -218,7 +225,7 @@ class StepReplay:
         output = run_normally()
         if not torch.equal(replayed, _bytes(output)):
             log.warning("A step's kernels, called again, gave other numbers than the step. Please report the model.")
-            self._refuse(known, "their kernels, called again, gave other numbers", finally_=True)
+            self._refuse(known, "their kernels, called again, gave other numbers", for_good=True)
             return output
         if not known.validations:
             self.captured.update(known.graph.calls)
@@ -227,17 +234,18 @@ class StepReplay:
         known.due = False
         return output
 
-    def _refuse(self, known: Known, reason: str, finally_: bool = False) -> None:
+    def _refuse(self, known: CapturedStep, reason: str, for_good: bool = False) -> None:
         known.forget()
-        self._refusals = MOST_REFUSALS if finally_ else self._refusals + 1
-        if self._refusals == MOST_REFUSALS:
+        self._refusals += 1
+        self._wrong = self._wrong or for_good
+        if self._refusals == MOST_REFUSALS or for_good:
             self._known.clear()
             log.info("Steps of few tokens are not replayed: %s.", reason)
 
 
 def read_step(
     input_ids: torch.Tensor | None, positions: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> Step | None:
+) -> StepInputs | None:
     """The step that runs now; None: it is none to be replayed."""
     if registry.watcher is not None or modes_private.watched() or modes_private.profiled() or debug_checks():
         return None
@@ -261,7 +269,7 @@ def read_step(
     given = (input_ids, positions, inputs_embeds)
     forms = tuple(None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in given)
     signature = (forms, tuple(map(tuple, layers)), tuple(slots), torch.get_num_threads())
-    return Step([x for x in given if x is not None], signature, layers, parameters)
+    return StepInputs([x for x in given if x is not None], signature, layers, parameters)
 
 
 def caches_of(layers: Sequence[Any]) -> Iterator[Entry]:
@@ -275,11 +283,11 @@ def caches_of(layers: Sequence[Any]) -> Iterator[Entry]:
 
 
 def weights_of(model: torch.nn.Module) -> Iterator[Entry]:
-    """A model's parameters and buffers."""
+    """A model's parameters, buffers, and tensors that are plain attributes."""
     for module in model.modules():
-        for owner in (module._parameters, module._buffers):
+        for owner in (module._parameters, module._buffers, vars(module)):
             for name, tensor in owner.items():
-                if tensor is not None:
+                if isinstance(tensor, torch.Tensor):
                     yield Entry(owner, name, [tensor])
 
 

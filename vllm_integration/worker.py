@@ -110,6 +110,10 @@ class GcuHostWorker(CPUWorker):
         self.forget_steps()  # those that ran since the update began
         super().update_weights(update_info)
 
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self.forget_steps()
+
     def forget_steps(self) -> None:
         """Capture steps anew: the model may be another."""
         if self._replay is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled
+from torch.nn.modules import module as modules
 
 
 def watched() -> bool:
@@ -16,3 +18,10 @@ def watched() -> bool:
 def profiled() -> bool:
     """Whether a profiler of torch notes the operations of this thread."""
     return _profiler_enabled()
+
+
+def hooked(model: torch.nn.Module) -> bool:
+    """Whether somebody wants to see each call of one of its modules."""
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

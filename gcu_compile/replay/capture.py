@@ -21,12 +21,11 @@ from gcu_compile.kernels.host.calls import layouts
 from gcu_compile.replay import generated_private
 
 MOST_ARGUMENTS = 32  # of an Inductor kernel; as in replay.cpp
-# Operations of torch that move no data, or only by others that are seen as well. What one allocates is looked at where
-# a kernel gets it. `resolve_conj` and `resolve_neg` are not among them: `Tensor.numpy` and `tolist` show as these.
-VIEWS = """alias as_strided broadcast_to chunk contiguous detach empty empty_like empty_strided expand expand_as flatten
-lift_fresh narrow new_empty new_empty_strided permute reshape _reshape_alias reshape_as select slice split
-split_with_sizes squeeze t to transpose unbind unflatten unsqueeze unsafe_chunk unsafe_split unsafe_split_with_sizes
-_unsafe_view view view_as"""
+# Operations of torch that move no data, or only by others that are seen as well. Those that allocate are the two that
+# are kept (`Capture._keeping`). `resolve_conj` and `resolve_neg` are not here: `Tensor.numpy` and `tolist` show as them.
+VIEWS = """alias as_strided broadcast_to chunk contiguous detach empty expand expand_as flatten lift_fresh narrow
+new_empty permute reshape _reshape_alias reshape_as select slice split split_with_sizes squeeze t to transpose unbind
+unflatten unsqueeze unsafe_chunk unsafe_split unsafe_split_with_sizes _unsafe_view view view_as"""
 MOVES_NOTHING = frozenset(f"aten::{name}" for name in VIEWS.split())
 # Tags of operations that say of a later call something else than of this one.
 UNFIT = {
@@ -128,7 +127,7 @@ class Capture:
     def __enter__(self) -> Capture:
         self._stack = contextlib.ExitStack()
         if not _capturing.acquire(blocking=False):
-            self.refuse("another thread captures a run")
+            self.refuse("another run is being captured")
             return self
         self._before = registry.calls.copy()
         with contextlib.ExitStack() as stack:
@@ -190,7 +189,10 @@ class Capture:
                 return self.refuse(f"kernel {name} takes a {other[0]}")
             numbers = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in args)
             slots = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
-            self.calls.append(KernelCall(name, generated_private.address(kernel), numbers, slots))
+            try:
+                self.calls.append(KernelCall(name, generated_private.address(kernel), numbers, slots))
+            except (AttributeError, OSError) as error:  # of the library
+                self.refuse(f"kernel {name}: {error}")
 
         return call
 

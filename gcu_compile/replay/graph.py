@@ -33,11 +33,13 @@ class KernelGraph:
 
     Args:
         capture: of the run, left.
-        inputs: the tensors that the run was given. Others of the same shapes, strides and dtypes may be given later.
+        inputs: the tensors that the run was given. Others of the same shapes, strides and dtypes may be given later;
+            those that an operation takes must lie where they lay.
         persistent: tensors that the run reads or writes and that stay where they are; the caller looks whether they do.
         output: what the run returned. Its memory is written again by every `replay`.
         workspace: memory for intermediate results, shared with graphs that are never replayed at the same time.
         parameters: (call, byte in its structure) -> which of `replay`'s parameters stands there.
+        parameter_count: how many `replay` is given; some may stand nowhere.
 
     Attributes:
         calls: the names of the functions, in order.
@@ -46,7 +48,7 @@ class KernelGraph:
 
     Raises:
         CannotCaptureError: the capture refused; an address belongs to none of these tensors and to no intermediate;
-            the output is none.
+            the output is no intermediate.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class KernelGraph:
         output: torch.Tensor,
         workspace: Workspace | None = None,
         parameters: Mapping[tuple[int, int], int] | None = None,
+        parameter_count: int = 0,
     ):
         if capture.refused:
             raise CannotCaptureError(capture.refused)
@@ -71,7 +74,8 @@ class KernelGraph:
         self.output, self.counted, self.calls = output, capture.counted, [call.name for call in calls]
         self.used = {place.tensor for place in places if place.kind == "persistent"}
         self._block = (workspace or Workspace()).of(size)
-        self._parameter_count = 1 + max(parameters.values(), default=-1)
+        self._parameter_count = parameter_count
+        self._kernels = [call.name for call in calls if isinstance(call, KernelCall)]
         moved = [place for place in places if place.kind == "intermediate" and place.tensor in offsets]
         at = {(place.call, place.slot): offsets[place.tensor] + place.offset for place in moved}
         self._prepare_kernels(calls, places, at, parameters, len(inputs))
@@ -141,7 +145,7 @@ class KernelGraph:
         for kernels, operation in self._turns:
             if kernels and (failed := replay(self._graph, first, first + kernels)):
                 error = self._error.value.decode(errors="replace")
-                return f"kernel {failed}: {error or 'it refuses its arguments'}"
+                return f"{self._kernels[failed - 1]}: {error or 'it refuses its arguments'}"
             first += kernels
             if operation is not None:
                 try:
@@ -181,13 +185,14 @@ def _again(call: OperationCall, offsets: dict[int, int], block: torch.Tensor) ->
         tensors[slot] = part.as_strided(old.shape, old.stride())
     rest = iter(tensors)
     args, kwargs = _with(call.args, rest), {name: _with(value, rest) for name, value in call.kwargs.items()}
-    function, results = call.function, list(rest)
+    # Not `call` itself, which holds the tensors of the captured run.
+    name, function, results = call.name, call.function, list(rest)
 
     def run() -> None:
         new = function(*args, **kwargs)
         for old, one in zip(results, tensors_in(new) if results else (), strict=True):
             if one.shape != old.shape:
-                raise RuntimeError(f"{call.name} returns {tuple(one.shape)}, and once returned {tuple(old.shape)}")
+                raise RuntimeError(f"{name} returns {tuple(one.shape)}, and once returned {tuple(old.shape)}")
             old.copy_(one)
 
     return run
@@ -205,7 +210,10 @@ def _with(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """`value` with the next of `tensors` in the place of each tensor."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
-    return type(value)([_with(one, tensors) for one in value]) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [_with(one, tensors) for one in value]
+    return parts if isinstance(value, list) else tuple(parts)
 
 
 class Arguments:

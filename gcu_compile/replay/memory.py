@@ -64,7 +64,8 @@ def locate(
     inputs: Sequence[torch.Tensor],
     persistent: Sequence[torch.Tensor],
 ) -> list[Place]:
-    """Where each address of `calls` points. An operation may also be given tensors of its own: it keeps them.
+    """Where each address of `calls` points. An operation may also be given other tensors: they stay as they are, and
+    it keeps them.
 
     Args:
         intermediates: what the run allocated.

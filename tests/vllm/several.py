@@ -72,7 +72,10 @@ def answer(request: dict) -> dict:
         from other_models import without_torchvision
 
         without_torchvision()
+    from gcu_compile.kernels import registry
+
     os.environ.update(request.get("environ", {}))
+    before = registry.calls.copy()
     llm = LLM(**request["llm"])
     prompts, reply = [prompt_of(given) for given in request["prompts"]], {}
     if "sampling" in request:
@@ -92,6 +95,8 @@ def answer(request: dict) -> dict:
     else:  # a pooling model
         reply["embeddings"] = [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)]
     reply["worker"], *_ = llm.collective_rpc(calls)
+    # Of this engine alone, if its worker is in this process.
+    reply["ran"] = {"/".join(key): count for key, count in (registry.calls - before).items()}
     reply["kv_cache_dtype"] = llm.llm_engine.vllm_config.cache_config.cache_dtype
     llm.llm_engine.engine_core.shutdown()
     del llm

@@ -61,11 +61,10 @@ def test_replayed_steps_write_what_others_write(replies, name):
 def test_what_is_replayed(replies, name):
     captured = replies[name][0]["worker"]["captured"]
     assert {MODELS[name][3], "gcu_attention", "gcu_rope_and_cache"} <= set(captured)
-    assert "tokens are replayed" in replies[name][0]["log"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_kernels_ran(replies, name):
     """What says which implementation ran counts replayed steps too."""
-    counted, expected = (one["worker"]["calls"] for one in replies[name])
-    assert counted.keys() == expected.keys()
+    counted, expected = (one["ran"] for one in replies[name])
+    assert counted == expected

@@ -50,7 +50,7 @@ class Model(nn.Module):
         from vllm.forward_context import get_forward_context
 
         q, k, v = (y.view(-1, HEADS, SIZE) for y in self.first(x, self.before, self.scale))
-        out = torch.empty_like(q) if self.layer.impl is None else torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype)
         metadata = get_forward_context().attn_metadata["layer"]
         self.layer.impl.forward(self.layer, q, k, v, self.layer.kv_cache, metadata, out)
         return self.last(out.view(-1, WIDTH), self.after)
@@ -63,6 +63,7 @@ class Runner:
         from vllm_integration.replay import StepReplay
 
         self.model, self.usual, self.twist = Model(), 0, lambda y: y
+        self.idle = False  # whether there is another group of layers, which calls nothing
         self.replay = StepReplay(self)
 
     def get_model(self):
@@ -83,9 +84,12 @@ class Runner:
         slots = [int(table[i, (n - 1) // SLOTS]) * SLOTS + (n - 1) % SLOTS for i, n in enumerate(lengths)]
         slots += [-1] * (count - len(slots))
         metadata = Metadata(starts, torch.tensor(lengths, dtype=torch.int32), table, torch.tensor(slots), True)
-        context = ForwardContext(
-            no_compile_layers={"layer": self.model.layer}, attn_metadata={"layer": metadata}, slot_mapping={}
-        )
+        layers, tables = {"layer": self.model.layer}, {"layer": metadata}
+        if self.idle:
+            others = (x.clone() for x in (starts, metadata.seq_lens, table))
+            tables["other"] = Metadata(*others, torch.empty(0, dtype=torch.int64), False)
+            layers["other"] = self.model.layer
+        context = ForwardContext(no_compile_layers=layers, attn_metadata=tables, slot_mapping={})
         x = torch.randn(count, WIDTH).bfloat16()
         with torch.inference_mode(), override_forward_context(context):
             usual = self.usual
@@ -199,6 +203,57 @@ def test_a_module_that_someone_hooked_is_refused(runner, caplog, monkeypatch):
     assert not any(runner.step()[0] for _ in range(12))
     assert len(seen) == 24  # each step, and the model alone
     assert "a hook of one of its modules" in caplog.text
+
+
+def test_a_hook_that_comes_later_is_noticed_when_a_request_begins(runner):
+    runner.until_replayed()
+    runner.replay.check_again()
+    assert not runner.step()[0] and runner.step()[0]  # the second comparison
+    seen = []
+    handle = runner.model.register_forward_hook(lambda module, args, output: seen.append(1))
+    runner.replay.check_again()
+    assert not runner.step()[0] and seen
+    handle.remove()
+    runner.until_replayed()
+
+
+def test_a_tensor_that_is_a_plain_attribute_is_checked_too(runner):
+    runner.model.other = pack(torch.randn(WIDTH, WIDTH).bfloat16())
+    last = runner.model.last
+    runner.twist = lambda y: last(y, runner.model.other)
+    runner.until_replayed()
+    runner.model.other = pack(torch.randn(WIDTH, WIDTH).bfloat16())
+    runner.replay.check_again()
+    assert not runner.step()[0]
+    runner.until_replayed()
+
+
+def test_a_group_of_layers_that_writes_nothing(runner):
+    """Such as cross attention: the last of a step's parameters stands in no kernel's arguments."""
+    runner.idle = True
+    runner.until_replayed()
+
+
+def test_what_goes_wrong_beside_a_step_does_not_end_it(runner, caplog, monkeypatch):
+    from vllm_integration import replay
+
+    caplog.set_level("INFO", logger=replay.log.name)
+    monkeypatch.setattr(replay.log, "propagate", True)
+    runner.model.sparse = torch.eye(3).to_sparse()
+    for _ in range(12):
+        replayed, got, expected = runner.step()
+        assert not replayed and torch.equal(got, expected)
+    assert "Steps of few tokens are not replayed:" in caplog.text
+
+
+def test_that_replay_was_wrong_is_not_forgotten(runner):
+    turns = iter(range(1000))
+    runner.twist = lambda y: runner.model.others(y) if next(turns) % 4 < 2 else y
+    for _ in range(6):
+        runner.step()
+    runner.twist = lambda y: y
+    runner.replay.forget()
+    assert not any(runner.step()[0] for _ in range(8))
 
 
 def test_a_model_that_changes_a_buffer_is_refused(runner, caplog, monkeypatch):

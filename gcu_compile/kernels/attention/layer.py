@@ -92,6 +92,8 @@ class Layer:
         self.q_shape, self.out_shape = (heads, size), (heads, v_size)
         self.k_shape, self.v_shape = (kv_heads, size), (kv_heads, v_size)
         self._attend = self._write = None
+        self._held: list = []
+        self._held_by_write: list = []
         self._turn: Turn | None = None
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters, which may change or move
         if k_cache.device.type == "cpu" and dtype in host.DTYPES and dtype.is_floating_point:
@@ -119,8 +121,8 @@ class Layer:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that its kernels read and write but what they are called with."""
-        held = [*self.written.values(), *self.settings.values(), *getattr(self, "_held", ())]
-        held += [*getattr(self, "_held_by_write", ()), *(self._turn.tensors() if self._turn else ())]
+        held = [*self.written.values(), *self.settings.values(), *self._held, *self._held_by_write]
+        held += self._turn.tensors() if self._turn else []
         return [x for x in held if isinstance(x, torch.Tensor)]
 
     def attend(self, q: torch.Tensor, output: torch.Tensor, step: Step) -> None:

@@ -60,7 +60,7 @@ void say(const Graph* graph, const char* what) {
 
 // Makes calls [first, end); before the first of all, writes what changes from run to run. Returns 0, or the number, from 1,
 // of the call that refused its arguments or threw; none after it was made.
-extern "C" int64_t gcu_replay(const Graph* graph, int32_t first, int32_t end) {
+extern "C" int32_t gcu_replay(const Graph* graph, int32_t first, int32_t end) {
   graph->error[0] = 0;
   for (int64_t i = 0; first == 0 && i < graph->patch_count; ++i) {
     const Patch& patch = graph->patches[i];
