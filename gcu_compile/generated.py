@@ -11,6 +11,7 @@ from typing import Any
 # A call as Inductor's Python wrapper spells it -> who made what it calls.
 CALLS = (
     (re.compile(r"\btorch\.ops\.gcu\.(\w+)\.\w+\("), "hand-written", "gcu::{}"),
+    (re.compile(r"\btorch\.ops\.gcu_composite\.(\w+)\.\w+\("), "hand-written", "gcu_composite::{}"),
     (re.compile(r"\bgcu_direct\.(\w+)\("), "hand-written", "gcu::{}"),
     (re.compile(r"\btorch\.ops\.(\w+\.\w+)(?:\.\w+)?\("), "library", "{}"),
     (re.compile(r"\bextern_kernels\.(\w+)\("), "library", "extern_kernels.{}"),

@@ -30,6 +30,8 @@ from gcu_compile.kernels.modes_private import watched
 
 log = logging.getLogger(__name__)
 LIBRARY = torch.library.Library("gcu", "FRAGMENT")
+# Operations that call fused operations and have no meaning, site or tolerance of their own.
+COMPOSITE = torch.library.Library("gcu_composite", "FRAGMENT")
 
 OPS: dict[str, FusedOp] = {}
 # (operation, reason) -> calls that ran the eager meaning instead of a kernel.

@@ -22,7 +22,7 @@ from gcu_compile.replay import generated_private
 
 MOST_ARGUMENTS = 32  # of an Inductor kernel; as in replay.cpp
 # Operations of torch that move no data, or only by others that are seen as well. Those that allocate are the two that
-# are kept (`Capture._keeping`). `resolve_conj` and `resolve_neg` are not here: `Tensor.numpy` and `tolist` show as them.
+# are kept (`Capture._keeping`). `resolve_conj` and `resolve_neg` are not here: `numpy` and `tolist` show as them.
 VIEWS = """alias as_strided broadcast_to chunk contiguous detach empty expand expand_as flatten lift_fresh narrow
 new_empty permute reshape _reshape_alias reshape_as select slice split split_with_sizes squeeze t to transpose unbind
 unflatten unsqueeze unsafe_chunk unsafe_split unsafe_split_with_sizes _unsafe_view view view_as"""

@@ -7,6 +7,7 @@ import torch
 
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import layouts
+from gcu_compile.kernels.host import experts as host
 
 pytestmark = pytest.mark.vllm
 EXPERTS, TOP, HIDDEN, INNER, GROUP = 6, 3, 96, 64, 32
@@ -67,10 +68,18 @@ def routed(tokens, dtype, ids_dtype, seed=1):
 def both(method, layer, arguments, monkeypatch):
     """(operation by operation, in one go)"""
     with monkeypatch.context() as patch:
-        patch.setattr(type(method), "_at_once", lambda *args: None)
+        patch.setattr(host, "run", lambda *args, **kwargs: None)
         expected = method.apply(layer, *arguments, None, None)
-    found = method._at_once(layer, *arguments)
-    return expected, found
+    return expected, at_once(method, layer, arguments, monkeypatch)
+
+
+def at_once(method, layer, arguments, monkeypatch):
+    """What the experts in one go give; None: they leave it to the operations."""
+    given, run = [], host.run
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "run", lambda *args, **kwargs: given.append(run(*args, **kwargs)) or given[-1])
+        method.apply(layer, *arguments, None, None)
+    return given[-1]
 
 
 @pytest.mark.parametrize("tokens", (1, 5, 40))
@@ -98,10 +107,10 @@ def test_the_same_kernels_are_counted(kind, monkeypatch):
     arguments = routed(5, torch.bfloat16, torch.int32)
     both(method, layer, arguments, monkeypatch)
     counts = []
-    for at_once in (True, False):
+    for whole in (True, False):
         with monkeypatch.context() as patch:
-            if not at_once:
-                patch.setattr(type(method), "_at_once", lambda *args: None)
+            if not whole:
+                patch.setattr(host, "run", lambda *args, **kwargs: None)
             before = registry.calls.copy()
             method.apply(layer, *arguments, None, None)
             counts.append(registry.calls - before)
@@ -111,7 +120,7 @@ def test_the_same_kernels_are_counted(kind, monkeypatch):
 def test_what_goes_operation_by_operation(monkeypatch):
     method, layer = method_of("int4"), layer_of("int4", "SILU")
     x, weights, ids = routed(5, torch.bfloat16, torch.int32)
-    assert method._at_once(layer, x, weights, ids) is None  # not met before
+    assert at_once(method, layer, (x, weights, ids), monkeypatch) is None  # not met before
     expected, found = both(method, layer, (x, weights, ids), monkeypatch)
     assert torch.equal(found, expected)
     wide = torch.randn(5, 2 * HIDDEN).bfloat16()[:, ::2]
@@ -120,12 +129,11 @@ def test_what_goes_operation_by_operation(monkeypatch):
     beyond = ids.clone()
     beyond[2, 1] = EXPERTS
     for given in ((wide, weights, ids), (x, weights.double(), ids), (x, weights, elsewhere), (x, weights, beyond)):
-        assert method._at_once(layer, *given) is None
-    assert method._at_once(layer, x[:0], weights[:0], ids[:0]) is None
+        assert at_once(method, layer, given, monkeypatch) is None
     with monkeypatch.context() as patch:
         patch.setattr(registry, "watcher", lambda op, name, run, site, args, kwargs: run(*args, **kwargs))
-        assert method._at_once(layer, x, weights, ids) is None
+        assert at_once(method, layer, (x, weights, ids), monkeypatch) is None
     layer.gcu_w2_scales = layer.gcu_w2_scales * 2
-    assert method._at_once(layer, x, weights, ids) is None  # replaced since
+    assert at_once(method, layer, (x, weights, ids), monkeypatch) is None  # replaced since
     expected, found = both(method, layer, (x, weights, ids), monkeypatch)
     assert torch.equal(found, expected)

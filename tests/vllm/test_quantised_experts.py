@@ -10,7 +10,7 @@ from several import run
 from test_quantization import check_logprobs
 from tiny import LLAMA
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 EXPERTS, TOP = 4, 2
 LATENT = (512, 512)  # weight of keys and values from latents: vLLM multiplies queries and outputs by it, not int8 codes
 CHOSEN = ("gptq int4 asymmetric act-order", "gptq int8", "awq int4", "w4a16 asymmetric", "w8a16", "w8a8")
@@ -49,10 +49,26 @@ def save_mixture(family: str, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2"])
 def test_logits_of_a_mixture(family, tmp_path):
+    check(family, CHOSEN, tmp_path, enforce_eager=True)
+
+
+def test_a_compiled_mixture(tmp_path):
+    check("mixtral", ("w4a16 asymmetric", "w8a8"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+def test_other_compiled_mixtures(family, tmp_path):
+    check(family, ("gptq int4 asymmetric act-order", "w8a8"), tmp_path)
+
+
+def check(family, names, tmp_path, **how):
+    """Log-probabilities of the prompts, by checkpoints of these formats, in engines that are started `how`."""
     requests, expected, unquantised = [], {}, {}
-    chosen = {name: FORMS[name] for name in CHOSEN}
+    chosen = {name: FORMS[name] for name in names}
     for index, (name, form) in enumerate(chosen.items()):
         plain = save_mixture(family, tmp_path / f"plain{index}")
         unquantised[name] = logprobs(load(plain), prompts())
@@ -60,7 +76,7 @@ def test_logits_of_a_mixture(family, tmp_path):
         with quantised_inputs(form, unlike=(LLAMA["vocab_size"], EXPERTS, 1, LATENT)):
             expected[name] = logprobs(load(plain), prompts())
         sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        llm = {"model": str(folder), **SMALL, "enforce_eager": True}
+        llm = {"model": str(folder), **SMALL, **how}
         requests.append({"llm": llm, "prompts": prompts(), "sampling": sampling})
     for name, reply in zip(chosen, run(tmp_path / "run", requests, timeout=900), strict=True):
         check_logprobs(chosen[name], reply["logprobs"], expected[name], unquantised[name], f"{family} {name}")

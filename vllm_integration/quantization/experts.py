@@ -1,13 +1,10 @@
-"""The experts of a mixture on `gcu::dequant_gemm_grouped` and `gcu::int8_gemm_grouped`.
-
-    rows sorted by expert -> gate and up, one grouped product -> activation -> down, one grouped product -> weighted sum
+"""The experts of a mixture on `gcu_composite::fused_experts`.
 
 vLLM's own classes make and load the parameters of each format (`create_weights`); what follows the loading is ours.
 """
 
 from __future__ import annotations
 
-import functools
 from fractions import Fraction
 
 import torch
@@ -22,22 +19,15 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsWNA16MoEMethod,
 )
 
-import gcu_compile.kernels.prologues  # noqa: F401
+import gcu_compile.kernels.dequant_gemm.experts  # noqa: F401 - defines the operation
 from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import formats
-from gcu_compile.kernels.host import experts as at_once
-from gcu_compile.kernels.host import weighted_sum as host
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization import progress
 
 PARTS = ("w13", "w2")  # gate and up, one above the other; down
 TENSORS = ("weight", "scales", "zeros", "g_idx")
-TOKENS = 64  # whose rows are summed at once: in float32 those of 8 experts fill a few MB of cache, not memory
-ACTIVATIONS = {
-    MoEActivation.SILU: torch.nn.functional.silu,
-    MoEActivation.GELU: torch.nn.functional.gelu,
-    MoEActivation.GELU_TANH: lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
-}
+ACTIVATIONS = {MoEActivation.SILU: "silu", MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_tanh"}
 
 
 class Experts(FusedMoEMethodBase):
@@ -102,79 +92,24 @@ class Experts(FusedMoEMethodBase):
             return getattr(layer, name)
         return None
 
-    def _product(self, layer, part: str, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """[rows, K] sorted by expert -> [rows, N]."""
-        weight = (getattr(layer, f"gcu_{part}_{name}") for name in TENSORS)
-        layout, bias = getattr(layer, f"gcu_{part}_layout"), self._bias(layer, part)
-        return torch.ops.gcu.dequant_gemm_grouped.default(x, offsets, *weight, bias, layout=layout)
-
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
         """x [tokens, hidden], topk_weights and topk_ids [tokens, top_k] -> [tokens, hidden]."""
-        if layer.expert_map is None and not layer.apply_router_weight_on_input:
-            found = self._at_once(layer, x, topk_weights, topk_ids)
-            if found is not None:
-                return found
-        tokens, top_k = topk_ids.shape
-        ids = topk_ids.reshape(-1).long()
-        if layer.expert_map is not None:
-            ids = layer.expert_map.long()[ids]  # -1: on another rank
-        order = torch.argsort(ids, stable=True)
-        offsets = torch.searchsorted(ids[order], torch.arange(layer.local_num_experts + 1))
-        weights = topk_weights.to(torch.float32)
-        if layer.apply_router_weight_on_input:
-            rows = (x.index_select(0, order // top_k) * weights.reshape(-1, 1)[order]).to(x.dtype)
-            gate_up = self._product(layer, "w13", rows, offsets)
-            weights = torch.ones_like(weights)
-        else:
-            gate_up = self._routed(layer, x, order // top_k, offsets)
-        return weighted_sum(self._down(layer, gate_up, offsets), order, weights)
-
-    def _at_once(self, layer, x, topk_weights, topk_ids) -> torch.Tensor | None:
-        """The same on the host, for experts that were met before; None: operation by operation."""
         parts = []
         for part in PARTS:
-            weight, scales, zeros, g_idx = (getattr(layer, f"gcu_{part}_{name}", None) for name in TENSORS)
-            if g_idx is not None:
-                return None
-            bias, layout = self._bias(layer, part), getattr(layer, f"gcu_{part}_layout")
-            parts.append(at_once.Part(weight, scales, zeros, bias, layout))
-        activate = None
-        if not (self.int8 and layer.activation == MoEActivation.SILU):
-            activate = functools.partial(gated, ACTIVATIONS[layer.activation])
-        return at_once.run(x, topk_weights, topk_ids, *parts, int8=self.int8, activate=activate)
-
-    def _routed(self, layer, x: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Gate and up of the rows `tokens` of x, which are sorted by expert."""
-        return self._product(layer, "w13", x.index_select(0, tokens), offsets)
-
-    def _down(self, layer, gate_up: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """The activation and the second product."""
-        return self._product(layer, "w2", gated(ACTIVATIONS[layer.activation], gate_up), offsets)
-
-
-def gated(activation, gate_up: torch.Tensor) -> torch.Tensor:
-    """[rows, inner] of gate and up, side by side."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate) * up
-
-
-def weighted_sum(y: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What each token gets of its experts, summed in float32.
-
-    Args:
-        y: [tokens * top_k, hidden]; row i belongs to place `order[i]` of `weights`, read row by row.
-        weights: [tokens, top_k] float32.
-    """
-    tokens, top_k = weights.shape
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    if host.refuses(y) is None:
-        return host.run(y, place, weights)
-    found = y.new_empty(tokens, y.shape[1])
-    for first in range(0, tokens, TOKENS):
-        part = weights[first : first + TOKENS]
-        rows = y.index_select(0, place[first * top_k : (first + TOKENS) * top_k]).to(torch.float32)
-        found[first : first + TOKENS] = torch.bmm(part.unsqueeze(1), rows.view(*part.shape, -1)).squeeze(1)
-    return found
+            parts += [getattr(layer, f"gcu_{part}_{name}", None) for name in TENSORS]
+            parts.append(self._bias(layer, part))
+        return torch.ops.gcu_composite.fused_experts.default(
+            x,
+            topk_weights,
+            topk_ids,
+            *parts,
+            layer.expert_map,
+            w13_layout=layer.gcu_w13_layout,
+            w2_layout=layer.gcu_w2_layout,
+            activation=ACTIVATIONS[layer.activation],
+            int8=self.int8,
+            weights_on_input=layer.apply_router_weight_on_input,
+        )
 
 
 class GPTQExperts(Experts, AutoGPTQMoEMethod):
@@ -302,24 +237,6 @@ class Int8Product:
 
     def _put(self, layer, part, linears, drop) -> None:
         super()._put(layer, part, (linear.of_integers() for linear in linears), drop)
-
-    def _product(self, layer, part, x, offsets, x_scales=None, dtype=None):
-        weight, scales, layout = (getattr(layer, f"gcu_{part}_{name}") for name in ("weight", "scales", "layout"))
-        arguments = (x, offsets, weight, scales, x_scales, self._bias(layer, part))
-        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, layout=layout, out_dtype=dtype or x.dtype)
-
-    def _routed(self, layer, x, tokens, offsets):
-        """A token is quantised once, not by each of its experts."""
-        codes, scales, _ = torch.ops.gcu.quantize_per_token.default(x)
-        of_rows = codes.index_select(0, tokens), offsets, scales.index_select(0, tokens)
-        return self._product(layer, "w13", *of_rows, x.dtype)
-
-    def _down(self, layer, gate_up, offsets):
-        """SwiGLU and its quantisation are one pass."""
-        if layer.activation != MoEActivation.SILU:
-            return super()._down(layer, gate_up, offsets)
-        codes, scales = torch.ops.gcu.silu_mul_quant.default(gate_up)
-        return self._product(layer, "w2", codes, offsets, scales, gate_up.dtype)
 
 
 class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):

@@ -1,14 +1,13 @@
 """A mixture's quantised experts in one go, without the cost of a dozen small operations between the products.
 
-What it means is what `vllm_integration/quantization/experts.py` says in operations: sort the rows by expert, multiply
-with gate and up, activate, multiply with down, and sum each token's rows by its weights. The kernels are the same.
+What it means is what `dequant_gemm/experts.py` says in operations: sort the rows by expert, multiply with gate and up,
+activate, multiply with down, and sum each token's rows by its weights. The kernels are the same.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +20,16 @@ from gcu_compile.kernels.host.known import Known
 from gcu_compile.kernels.modes_private import watched
 
 FIELDS = struct.Struct("7P5q2i")  # `struct Arguments` of route.cpp, field by field
-OrNone = torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Part:
-    """The weights of one of the two products, of all experts: as for `gcu::dequant_gemm_grouped`, without g_idx."""
-
-    weight: torch.Tensor
-    scales: torch.Tensor
-    zeros: OrNone
-    bias: OrNone
-    layout: str
-
-    def find(self, known: Known) -> Any:
-        """What a grouped product has found of it before, or None."""
-        found = known.find(self.weight, self.scales, self.zeros, self.bias)
-        return found if found is not None and found.layout == self.layout else None
+def _known(part: Any, known: Known) -> Any:
+    """What a grouped product has found of the weights before, or None."""
+    found = known.find(part.weight, part.scales, part.zeros, part.bias)
+    return found if found is not None and found.layout == part.layout else None
 
 
 def run(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, gate_up: Part, down: Part, *, int8: bool,
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, gate_up: Any, down: Any, *, int8: bool,
     activate: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor | None:  # fmt: skip
     """What the experts make of `x`.
@@ -49,6 +37,7 @@ def run(
     Args:
         x: [tokens, hidden]; floating point.
         topk_weights, topk_ids: [tokens, top_k]; float32, and int32 or int64.
+        gate_up, down: `Weights` of `dequant_gemm/experts.py`, without g_idx.
         int8: whether activations are quantised per token (`gcu::int8_gemm_grouped`).
         activate: [rows, 2 * inner] -> [rows, inner]. None: SwiGLU and its quantisation (with `int8` alone).
 
@@ -56,7 +45,7 @@ def run(
         [tokens, hidden] in the dtype of `x`; None: there is more to look at than is looked at here.
     """
     known = (int8_gemm if int8 else dequant_gemm).experts
-    first, second = gate_up.find(known), down.find(known)
+    first, second = _known(gate_up, known), _known(down, known)
     if (
         first is None
         or second is None
