@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import layouts
 from gcu_compile.kernels.host import experts as host
@@ -137,3 +138,18 @@ def test_what_goes_operation_by_operation(monkeypatch):
     assert at_once(method, layer, (x, weights, ids), monkeypatch) is None  # replaced since
     expected, found = both(method, layer, (x, weights, ids), monkeypatch)
     assert torch.equal(found, expected)
+
+
+def test_parts_of_two_mixtures_that_do_not_fit_are_the_usual_error(monkeypatch):
+    """Both were met, each beside its own other part; together they would read past a row's end."""
+    method, layer, other = method_of("int4"), layer_of("int4", "SILU"), layer_of("int4", "SILU")
+    arguments = routed(5, torch.bfloat16, torch.int32)
+    both(method, layer, arguments, monkeypatch)
+    for name in ("weight", "scales", "zeros", "g_idx", "layout"):
+        setattr(other, f"gcu_w2_{name}", getattr(layer, f"gcu_w13_{name}"))
+    with pytest.raises(InvalidInputError):
+        method.apply(other, *arguments, None, None)
+    for name in ("weight", "scales", "zeros", "g_idx", "layout"):
+        setattr(layer, f"gcu_w2_{name}", getattr(layer, f"gcu_w13_{name}"))
+    with pytest.raises(InvalidInputError):
+        method.apply(layer, *arguments, None, None)

@@ -65,7 +65,7 @@ def _of_ctypes(structure: type[ctypes.Structure]) -> Layout:
 def layouts() -> dict[tuple[str, str], Layout]:
     """(library, function) -> its layout, of the functions that a model's layers call.
 
-    Those of experts are left out: which rows an expert has is read in Python.
+    Those of experts are left out: a mixture is called again as one operation.
     """
     return {
         ("attention", "gcu_attention"): _of_fields(attention.FIELDS),

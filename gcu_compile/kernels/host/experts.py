@@ -49,6 +49,8 @@ def run(
     if (
         first is None
         or second is None
+        or first.n != 2 * second.k
+        or gate_up.scales.shape[0] != down.scales.shape[0]  # each was checked alone, with other rows
         or x.dtype not in FLOATS
         or x.dim() != 2
         or x.shape[1] != first.k
