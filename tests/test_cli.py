@@ -27,6 +27,15 @@ def test_info_prints_target_versions_and_options(tmp_path):
         assert word in result.stdout
 
 
+def test_info_names_the_emulated_card(tmp_path):
+    result = run("info", "--json", str(tmp_path / "info.json"), GCU_COMPILE_EMULATE="gcu400")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "info.json").read_text())
+    assert report["target"] == "gcu400"
+    assert report["targets"]["gcu400"] == "emulated (GCU_COMPILE_EMULATE)"
+    assert report["targets"]["gcu300"] == "the card here is gcu400"
+
+
 @pytest.mark.parametrize(
     ("words", "environ", "message"),
     [

