@@ -60,6 +60,25 @@ def fill(layer, tensors: dict[str, torch.Tensor], base: str, part: int | str | N
         parameter.weight_loader(parameter, tensor, *arguments)
 
 
+def experts(config, prefix: str, count: int, hidden: int, inner: int, of: int = 1):
+    """The experts of a mixture, of a shard of `of`; gate and up have `inner` outputs before they are cut."""
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+
+    sizes = {"num_experts": count, "top_k": 2, "hidden_size": hidden, "intermediate_size": inner}
+    ranks = {"tp_size": of, "dp_size": 1, "pcp_size": 1}
+    made = FusedMoEFactory(**sizes, **ranks, quant_config=config, prefix=prefix, params_dtype=torch.float32)
+    return made.routed_experts
+
+
+def fill_expert(layer, tensors: dict[str, torch.Tensor], base: str, part: str, expert: int) -> None:
+    """Load a checkpoint's tensors of one projection of one expert; `part`: w1 (gate), w2 (down), w3 (up)."""
+    for name, tensor in tensors.items():
+        stored = f"{'w2' if part == 'w2' else 'w13'}_{name.removeprefix(f'{base}.')}"
+        parameter = layer.get_parameter(stored)
+        given = {"param": parameter, "loaded_weight": tensor, "weight_name": stored, "return_success": True}
+        parameter.weight_loader(**given, shard_id=part, expert_id=expert)
+
+
 def ready(layer):
     """The layer, prepared as after loading a model."""
     layer.quant_method.process_weights_after_loading(layer)

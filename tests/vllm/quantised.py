@@ -76,7 +76,7 @@ class Form:
         if self.method == "gptq":
             tensors = {
                 "qweight": layouts.pack(codes, layouts.get(f"gptq_int{self.bits}")),
-                "qzeros": layouts.pack(zeros if self.v2 else zeros - 1, rows),
+                "qzeros": layouts.pack(zeros if self.v2 else (zeros - 1) % (1 << self.bits), rows),
                 "scales": scales,
                 "g_idx": g_idx.to(torch.int32),
             }
@@ -155,7 +155,7 @@ def codes_of(weight: torch.Tensor, form: Form, groups: int, g_idx: torch.Tensor)
         zeros = torch.full((groups, n), 1 << (form.bits - 1))
     else:
         scales = ((high - low) / top).half()
-        zeros = torch.round(-low / scales.float()).clamp(1, top).long()
+        zeros = torch.round(-low / scales.float()).clamp(0, top).long()
     codes = torch.round(weight.T / scales.float()[g_idx]) + zeros[g_idx]
     return codes.clamp(0, top).long().T, scales, zeros
 

@@ -47,12 +47,51 @@ def test_truncated_tensors(name):
                 load(name, {**tensors, key: cut}, "column")
 
 
+@pytest.mark.parametrize("name", [*KINDS, "gptq int4 asymmetric act-order"])
+def test_tensors_that_are_not_there(name):
+    """vLLM leaves what was in memory."""
+    tensors = stored(name)
+    for key in tensors:
+        if key.endswith(("weight_shape", "qzeros", "g_idx")) and FORMS[name].symmetric:
+            continue  # says nothing that is not known
+        if key.endswith("weight_shape"):
+            continue
+        kind, lacking = KINDS.get(name, "GPTQ int4"), key.removeprefix(f"{NAME}.")
+        message = rf"{NAME} \({kind}( int\d)?\): the checkpoint lacks {lacking}"
+        with layers.shard(), pytest.raises(CheckpointError, match=message):
+            load(name, {other: tensors[other] for other in tensors if other != key})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_part_that_is_not_there(name):
+    tensors, prefix = stored(name), "model.layers.3.mlp.gate_up_proj"
+    with layers.shard():
+        layer = layers.make("merged", layers.configuration(FORMS[name].config()), prefix, K, [N, N])
+        layers.fill(layer, tensors, NAME, 1)
+        with pytest.raises(CheckpointError, match=rf"{prefix} \(.*\): the checkpoint lacks 1 of the 2 parts of "):
+            layers.ready(layer)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dummy_weights_are_not_missed(name):
+    from vllm.config import get_current_vllm_config
+
+    with layers.shard():
+        get_current_vllm_config().load_config.load_format = "dummy"
+        layer = layers.make("row", layers.configuration(FORMS[name].config()), NAME, K, N)
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():  # as vLLM does; words hold what was in memory
+                parameter.data.fill_(1)
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_scales_of_nan(name):
     tensors = stored(name)
     (key,) = [key for key in tensors if key.endswith(("scales", "weight_scale"))]
     tensors[key].view(-1)[7] = torch.nan
-    with layers.shard(), pytest.raises(CheckpointError, match=rf"{NAME} \(.*int\d.*\): 1 scales are NaN or infinite"):
+    message = rf"{NAME} \({KINDS[name]}( int\d)?\): 1 scales are NaN or infinite"
+    with layers.shard(), pytest.raises(CheckpointError, match=message):
         load(name, tensors)
 
 
@@ -60,7 +99,8 @@ def test_scales_of_nan(name):
 def test_scale_of_static_activations(value):
     tensors = stored("w8a8 static")
     tensors[f"{NAME}.input_scale"].fill_(value)
-    with layers.shard(), pytest.raises(CheckpointError, match=rf"{NAME} \(int8\): input_scale must be positive"):
+    message = rf"{NAME} \({KINDS['w8a8 static']} int8\): input_scale must be positive"
+    with layers.shard(), pytest.raises(CheckpointError, match=message):
         load("w8a8 static", tensors)
 
 
@@ -113,9 +153,10 @@ def test_group_indices_of_merged_parts_differ():
             layers.fill(layer, tensors, NAME, 1)
 
 
-def test_words_that_a_part_does_not_fill():
-    for name in ("gptq int4", "awq int4"):
-        with layers.shard():
-            config = layers.configuration(FORMS[name].config())
-            with pytest.raises(CheckpointError, match=r"gate_up_proj \(.*words of 8 codes do not divide.*\[190, 194\]"):
-                layers.make("merged", config, "model.layers.3.mlp.gate_up_proj", K, [190, 194])
+@pytest.mark.parametrize("name", ["gptq int4", "awq int4", "w4a16 asymmetric"])
+def test_words_that_a_part_does_not_fill(name):
+    with layers.shard():
+        config = layers.configuration(FORMS[name].config())
+        message = r"gate_up_proj \(.*words of 8 (codes|zeros) do not divide.*\[190, 194\]"
+        with pytest.raises(CheckpointError, match=message):
+            layers.make("merged", config, "model.layers.3.mlp.gate_up_proj", K, [190, 194])

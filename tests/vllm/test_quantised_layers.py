@@ -6,6 +6,7 @@ import torch
 from quantised import FORMS, Form
 
 from gcu_compile.kernels.tolerance import tolerance
+from gcu_compile.quantize import rounding
 
 pytestmark = pytest.mark.vllm
 K, N, ROWS = 256, 192, 5
@@ -70,6 +71,26 @@ def test_merged_projections(name):
         close(form, layers.apply(layers.ready(layer), x), x, torch.cat(all_numbers))
 
 
+@pytest.mark.parametrize("name", ["w8a8 static", "w8a8 static asymmetric", "w8a8 static per tensor"])
+def test_parts_that_were_calibrated_apart(name):
+    """The layer's inputs are quantised once: by a range that holds every part's, in whatever order they are loaded."""
+    form, x = FORMS[name], inputs().clamp(-3.9, 2.9)
+    for widest in range(2):
+        reaches = [(-1.0, 0.5), (-0.25, 1.0)]
+        reaches[widest] = REACH
+        with layers.shard():
+            config = layers.configuration(form.config())
+            layer = layers.make("merged", config, "model.layers.3.mlp.gate_up_proj", K, [N, N])
+            numbers = []
+            for index, reach in enumerate(reaches):
+                tensors, part = form.store(NAME, weight(seed=index), reach)
+                layers.fill(layer, tensors, NAME, index)
+                numbers.append(part)
+            found = layers.apply(layers.ready(layer), x).double()
+        exact = x.double() @ torch.cat(numbers).double().T
+        assert (found - exact).norm() < 0.02 * exact.norm()  # 7 / 255 a step; of a clipped input far more
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_shards_together_are_the_layer(name):
     """Two ranks: outputs cut, side by side; inputs cut, added up; gate and up merged and cut."""
@@ -102,6 +123,55 @@ def test_shards_together_are_the_layer(name):
         torch.testing.assert_close(rows, whole, **tolerance(torch.float32, K))
     for index, (_, own) in enumerate((gate, up)):
         close(form, torch.cat([parts[index] for parts in merged], -1), x, own)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_merged_layer_that_is_one_tensor(name, of):
+    """Phi-3's qkv_proj and gate_up_proj, Qwen's c_attn."""
+    form, x, found = FORMS[name], inputs(), []
+    tensors, numbers = form.store(NAME, weight(2 * N), REACH)
+    for rank in range(of):
+        with layers.shard(rank, of):
+            config = layers.configuration(form.config())
+            layer = layers.make("merged", config, "model.layers.3.mlp.gate_up_proj", K, [N, N])
+            layers.fill(layer, tensors, NAME)
+            found.append(layers.apply(layers.ready(layer), x).chunk(2, dim=-1))
+    close(form, torch.cat([torch.cat(part, -1) for part in zip(*found, strict=True)], -1), x, numbers)
+
+
+def absorbed(config, tensors):
+    """The weight that latent attention gets of its `kv_b_proj`."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    layer = layers.make("column", config, NAME, K, N)
+    layer._cpu_skip_gemm_dispatch = True  # set by vLLM's attention layer
+    layers.fill(layer, tensors, NAME)
+    return get_and_maybe_dequant_weights(layers.ready(layer), torch.float32)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_latent_attention_takes_the_numbers(name):
+    """Int8 activations have no part in them: a static scale would clip the ones of an identity."""
+    tensors, numbers = FORMS[name].store(NAME, weight(), (-0.25, 0.25))
+    with layers.shard():
+        found = absorbed(layers.configuration(FORMS[name].config()), tensors)
+    torch.testing.assert_close(found, numbers, **tolerance(torch.float32, 1))
+
+
+@pytest.mark.parametrize("name", rounding.FORMATS)
+def test_latent_attention_takes_the_numbers_that_a_name_rounds_to(name):
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import vllm_integration
+
+    vllm_integration.register()
+    form = rounding.FORMATS[name]
+    codes, scales = rounding.to_nearest(weight(), form.bits, form.group_size(K, K))
+    numbers = codes * scales.float().repeat_interleave(K // scales.shape[1], 1)
+    with layers.shard():
+        found = absorbed(get_quantization_config(name)(), {f"{NAME}.weight": weight()})
+    torch.testing.assert_close(found, numbers, **tolerance(torch.float32, 1))
 
 
 @pytest.mark.parametrize("name", ["gptq int4", "gptq int8 v2 asymmetric act-order", "w4a16 asymmetric", "w8a8"])

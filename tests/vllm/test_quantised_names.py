@@ -110,6 +110,40 @@ def test_a_name_that_is_not_the_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_routers_stay_as_they_are(name):
+    """Qwen3-MoE's is a linear layer that vLLM gives the configuration to."""
+    import layers
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import vllm_integration
+
+    vllm_integration.register()
+    weight, x = torch.randn(64, 256), torch.randn(5, 256)
+    for prefix in ("model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate", "model.layers.0.mlp.gate_proj"):
+        with layers.shard():
+            layer = layers.make("column", get_quantization_config(name)(), prefix, 256, 64)
+            layers.fill(layer, {"weight": weight}, "")
+            found = layers.apply(layers.ready(layer), x)
+        exact = torch.allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)
+        assert exact is prefix.endswith("gate"), prefix
+
+
+def test_a_float_tensor_that_does_not_fit_or_is_not_there():
+    import layers
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import vllm_integration
+
+    vllm_integration.register()
+    with layers.shard():
+        layer = layers.make("column", get_quantization_config("w4a16")(), "model.layers.0.mlp.up_proj", 256, 192)
+        with pytest.raises(CheckpointError, match=r"mlp.up_proj \(to be rounded\): a tensor of \[96, 256\] does not fit"):
+            layers.fill(layer, {"weight": torch.zeros(96, 256)}, "")
+        with pytest.raises(CheckpointError, match=r"mlp.up_proj \(to be rounded\): the checkpoint lacks weight"):
+            layers.ready(layer)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("of", [1, 2])
 def test_a_float_layer_is_rounded_at_load(name, of):
     """Whole, and its outputs cut for two ranks."""

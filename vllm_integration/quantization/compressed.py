@@ -16,7 +16,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding import (
     CompressedTensorsEmbeddingWNA16Int,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Int8,
+    CompressedTensorsWNA16,
+)
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
+from vllm.model_executor.parameter import PerTensorScaleParameter
 
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import eager, formats
@@ -24,6 +29,9 @@ from vllm_integration.quantization import cache, experts
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.kv_scales import Int8KVCacheMethod
 from vllm_integration.quantization.layer import BITS
+
+# What a checkpoint holds of a linear layer, as far as its scheme has it.
+TENSORS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 
 
 class CompressedConfig(CompressedTensorsConfig):
@@ -65,13 +73,37 @@ class CompressedConfig(CompressedTensorsConfig):
 class CompressedLinearMethod(CompressedTensorsLinearMethod):
     """vLLM's method; what does not fit is told of by layer and format."""
 
-    def create_weights(self, layer, *args, **extra) -> None:
+    def create_weights(
+        self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra
+    ) -> None:
+        scheme = layer.scheme
         kind = f"compressed-tensors {self.quantization_config.quant_format}"
+        layer.gcu_kind = kind + (f" int{scheme.num_bits}" if isinstance(scheme, CompressedTensorsWNA16) else " int8")
         extra["weight_loader"] = layers.checked(extra["weight_loader"], layer.prefix, kind)
+        if isinstance(scheme, CompressedTensorsWNA16):
+            params_dtype = torch.float32  # float16 scales would be rounded by a model's bfloat16
+            per_word = 32 // scheme.num_bits
+            if not scheme.symmetric and any(part % per_word for part in output_partition_sizes):
+                raise CheckpointError(
+                    f"{layer.prefix} ({kind}): words of {per_word} zeros do not divide {output_partition_sizes} outputs"
+                )
+        sizes = input_size_per_partition, output_partition_sizes, input_size, output_size
         try:
-            super().create_weights(layer, *args, **extra)
+            super().create_weights(layer, *sizes, params_dtype, **extra)
         except ValueError as error:  # no kernel for the sizes, groups across shards
             raise CheckpointError(f"{layer.prefix} ({kind}): {error}") from error
+        self.parts = len(output_partition_sizes)
+        for name in ("input_scale", "input_zero_point"):
+            if self.parts > 1 and isinstance(scheme, CompressedTensorsW8A8Int8) and getattr(layer, name) is not None:
+                each = getattr(layer, name).new_zeros(self.parts)  # vLLM has room for one: the last part's would stay
+                loader = extra["weight_loader"]
+                layer.register_parameter(name, PerTensorScaleParameter(data=each, weight_loader=loader))
+
+    def process_weights_after_loading(self, layer) -> None:
+        if isinstance(layer.scheme, (CompressedTensorsWNA16, CompressedTensorsW8A8Int8)):
+            needed = [name for name in TENSORS if getattr(layer, name, None) is not None]
+            layers.check_complete(layer, needed, self.parts, layer.prefix, layer.gcu_kind)
+        super().process_weights_after_loading(layer)
 
 
 class PackedEmbedding(CompressedTensorsEmbeddingWNA16Int):
@@ -117,7 +149,7 @@ class MixedPrecisionKernel(MPLinearKernel):
             zero = formats.packed_zeros(words.T.contiguous(), bits, groups, n)
         linear = formats.prepare(
             layers.name_of(layer),
-            f"int{bits}, packed",
+            layers.kind_of(layer, f"int{bits}, packed"),
             f"int{bits}_rows_i32" if rows else f"gptq_int{bits}",
             weight.data.contiguous(),
             scale,
@@ -148,15 +180,16 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
         n, k = weight.shape
         if not self.config.is_channelwise:
             scales = convert_to_channelwise(scales, layer.logical_widths)
-        name = layers.name_of(layer)
+        name, kind = layers.name_of(layer), layers.kind_of(layer, "int8")
         scales = scales.float().reshape(1, n)
         linear = formats.prepare(
-            name, "int8", "int8_rows", weight, scales, target=layers.target(weight, 8), inputs=k
+            name, kind, "int8_rows", weight, scales, target=layers.target(weight, 8), inputs=k
         )
         x_scale, x_zero = getattr(layer, x_name, None), getattr(layer, zero_name, None)
         known = None, None
         if self.config.is_static_input_scheme:
-            known = static_range(name, x_scale.data, None if self.config.input_symmetric else x_zero.data)
+            zeros = None if self.config.input_symmetric else x_zero.data
+            known = static_range(f"{name} ({kind})", x_scale.data, zeros)
         layers.put(layer, linear.of_integers(), (w_name, s_name, x_name, zero_name))
         layers.known_activations(layer, *known)
 
@@ -173,7 +206,7 @@ def static_range(
     """One scale (and zero) for a merged layer whose parts were calibrated apart: the union of their ranges."""
     scales = scales.float().reshape(-1)
     if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise CheckpointError(f"{name} (int8): input_scale must be positive and finite, found {scales.tolist()}")
+        raise CheckpointError(f"{name}: input_scale must be positive and finite, found {scales.tolist()}")
     if zeros is None:
         return scales.max().reshape(1), None
     zeros = zeros.to(torch.int32).reshape(-1)

@@ -5,7 +5,9 @@ vLLM's own classes make and load the parameters of each format (`create_weights`
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from fractions import Fraction
+from itertools import compress
 
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
@@ -30,10 +32,18 @@ TENSORS = ("weight", "scales", "zeros", "g_idx")
 ACTIVATIONS = {MoEActivation.SILU: "silu", MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_tanh"}
 
 
+def whole(expert_data: torch.Tensor, loaded_weight: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Where a tensor goes: all of it, which the tensor must fill."""
+    if loaded_weight.ndim > 0 and expert_data.shape != loaded_weight.shape:
+        raise RuntimeError("the tensor does not fill its place")
+    return expert_data
+
+
 class Experts(FusedMoEMethodBase):
     """What the formats share. `process_weights_after_loading` leaves gcu_w13_* and gcu_w2_* on the layer."""
 
     prefix = ""
+    kind = ""  # of the checkpoint, for messages
     libraries = ("dequant_gemm", "route", "weighted_sum")  # of the host's kernels
     int8 = False  # whether activations are
 
@@ -60,8 +70,23 @@ class Experts(FusedMoEMethodBase):
         return None  # no kernel of vLLM's modular interface
 
     def create_weights(self, layer, *args, params_dtype, **extra) -> None:
+        extra["weight_loader"] = self._checked(layer, extra["weight_loader"])
         super().create_weights(layer, *args, params_dtype=params_dtype, **extra)
         layers.expect(*self.libraries)
+
+    def _checked(self, layer, load: Callable) -> Callable:
+        """The experts' weight loader; a tensor that does not fit, or is truncated, is an error.
+
+        vLLM's puts a tensor that is too small into a corner of its place, as if that were padded for a kernel.
+        """
+        layer._narrow_expert_data_for_padding = whole
+        return layers.checked(load, self.prefix or layers.name_of(layer), f"{self.kind} experts")
+
+    def _check_complete(self, layer, names: Iterable[str]) -> None:
+        """Raise where the checkpoint lacks a tensor of an expert; `names`: of a part, w13_qweight and so on."""
+        for name in names:
+            parts = layer.local_num_experts * (2 if name.startswith("w13") else 1)
+            layers.check_complete(layer, (name,), parts, self.prefix, f"{self.kind} experts")
 
     def _put(self, layer, part: str, linears, drop: tuple[str, ...]) -> None:
         """Stack the prepared experts; `linears` makes one at a time, so that one copy exists beside the stack."""
@@ -115,6 +140,8 @@ class Experts(FusedMoEMethodBase):
 class GPTQExperts(Experts, AutoGPTQMoEMethod):
     """GPTQ int4 and int8, any order of the inputs."""
 
+    kind = "GPTQ"
+
     def __init__(self, quant_config, moe) -> None:
         super().__init__(moe)
         self.quant_config, self.input_dtype = quant_config, None
@@ -131,7 +158,7 @@ class GPTQExperts(Experts, AutoGPTQMoEMethod):
             size = config.group_size if config.group_size != -1 else inputs
             groups = (torch.arange(inputs, dtype=torch.int32) // size).repeat(num_experts, 1)
             layers.keep(layer, f"{part}_g_idx", groups)
-            getattr(layer, f"{part}_g_idx").weight_loader = self._load_g_idx(layer)
+            getattr(layer, f"{part}_g_idx").weight_loader = self._checked(layer, self._load_g_idx(layer))
 
     def _load_g_idx(self, layer):
         """The weight loader of g_idx, which vLLM has not."""
@@ -139,9 +166,21 @@ class GPTQExperts(Experts, AutoGPTQMoEMethod):
 
         def load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
             expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if expert < 0 or not self.quant_config.act_order:
-                return expert >= 0
+            if expert < 0:
+                return False
             groups = loaded_weight.to(param.dtype)
+            if not self.quant_config.act_order:
+                size = self.quant_config.group_size if self.quant_config.group_size != -1 else len(groups)
+                if len(groups) % param.shape[1]:  # all inputs', of which a shard has a part
+                    raise RuntimeError("g_idx does not fill its place")
+                if not torch.equal(groups, torch.arange(len(groups), dtype=groups.dtype) // size):
+                    raise CheckpointError(
+                        f"{self.prefix}.{expert_id} (GPTQ): g_idx is not in order, and the configuration says desc_act "
+                        "false"
+                    )
+                return True
+            if groups.shape != param.shape[1:]:
+                raise RuntimeError("g_idx does not fill its place")
             if (expert, shard_id == "w2") in loaded and not torch.equal(param.data[expert], groups):
                 raise CheckpointError(f"{self.prefix}.{expert_id} (GPTQ): gate and up have different g_idx")
             param.data[expert] = groups
@@ -154,6 +193,8 @@ class GPTQExperts(Experts, AutoGPTQMoEMethod):
         bits = self.quant_config.quant_type.size_bits
         for part in PARTS:
             names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros", "g_idx"))
+            needed = True, True, not self.quant_config.is_sym, self.quant_config.act_order
+            self._check_complete(layer, compress(names, needed))
             weight, scales, qzeros, groups = (getattr(layer, name).data for name in names)
 
             def one(expert, weight=weight, scales=scales, qzeros=qzeros, groups=groups, part=part):
@@ -172,6 +213,8 @@ class GPTQExperts(Experts, AutoGPTQMoEMethod):
 class AWQExperts(Experts, AutoAWQMoEMethod):
     """AWQ int4."""
 
+    kind = "AWQ int4"
+
     def __init__(self, quant_config, moe, prefix: str) -> None:
         super().__init__(moe, prefix)
         self.quant_config, self.input_dtype = quant_config, None
@@ -184,6 +227,7 @@ class AWQExperts(Experts, AutoAWQMoEMethod):
     def process_weights_after_loading(self, layer) -> None:
         for part in PARTS:
             names = tuple(f"{part}_{name}" for name in ("qweight", "scales", "qzeros"))
+            self._check_complete(layer, names if self.quant_config.zero_point else names[:2])
             weight, scales, qzeros = (getattr(layer, name).data for name in names)
 
             def one(expert, weight=weight, scales=scales, qzeros=qzeros, part=part):
@@ -198,6 +242,8 @@ class AWQExperts(Experts, AutoAWQMoEMethod):
 
 class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
     """compressed-tensors, 4 or 8 bits in words of 32."""
+
+    kind = "packed"
 
     def __init__(self, weights, moe, prefix: str) -> None:
         super().__init__(moe, prefix)
@@ -215,6 +261,7 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
         bits = self.num_bits
         for part in PARTS:
             names = tuple(f"{part}_weight_{name}" for name in ("packed", "scale", "zero_point", "shape"))
+            self._check_complete(layer, names[: 2 if self.symmetric else 3])
             weight, scales, words = (getattr(layer, name, None) for name in names[:3])
 
             def one(expert, weight=weight, scales=scales, words=words, part=part):
@@ -242,6 +289,8 @@ class Int8Product:
 class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
     """compressed-tensors W8A8: a scale per output, activations quantised per token in the kernel."""
 
+    kind = "int8"
+
     def __init__(self, weights, inputs, moe, prefix: str) -> None:
         super().__init__(moe, prefix)
         self.weight_quant, self.input_quant, self.static_input_scales = weights, inputs, False
@@ -249,6 +298,7 @@ class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
     def process_weights_after_loading(self, layer) -> None:
         for part in PARTS:
             names = (f"{part}_weight", f"{part}_weight_scale")
+            self._check_complete(layer, names)
             weight, scales = (getattr(layer, name).data for name in names)
 
             def one(expert, weight=weight, scales=scales, part=part):

@@ -70,18 +70,22 @@ class GPTQConfig(AutoGPTQConfig):
         return super().get_quant_method(layer, prefix)
 
 
-class InputGroups(RowvLLMParameter):
-    """g_idx [K] of a layer. The parts of a merged layer have the same inputs, and must have them in the same groups."""
+def input_groups(name: str, **settings) -> RowvLLMParameter:
+    """g_idx [K] of a layer. The parts of a merged layer have the same inputs, and must have them in the same groups.
 
-    loaded = False
+    Of vLLM's own class: its loader for merged layers that one tensor fills asks for that very type.
+    """
+    parameter = RowvLLMParameter(**settings)
+    load = parameter._assert_and_load
 
-    def _assert_and_load(self, loaded_weight: torch.Tensor) -> None:
-        if self.loaded and not torch.equal(self.data, loaded_weight.to(self.data.dtype)):
-            raise CheckpointError(
-                f"{self.layer} (GPTQ): its merged parts have the same inputs, and different g_idx"
-            )
-        super()._assert_and_load(loaded_weight)
-        self.loaded = True
+    def loaded_once(groups: torch.Tensor) -> None:
+        known = getattr(parameter, "gcu_parts", ())
+        if known and not torch.equal(parameter.data, groups.to(parameter.data.dtype)):
+            raise CheckpointError(f"{name} (GPTQ): its merged parts have the same inputs, and different g_idx")
+        load(groups)
+
+    parameter._assert_and_load = loaded_once
+    return parameter
 
 
 @register_weight_loader_v2_supported_method
@@ -117,9 +121,8 @@ class GPTQLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "qweight", PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, packed_dim=0, **packing)
         )
-        g_idx = InputGroups(data=torch.arange(k, dtype=torch.int32) // size, input_dim=0, **loader)
-        g_idx.layer = self.prefix
-        layer.register_parameter("g_idx", g_idx)
+        g_idx = torch.arange(k, dtype=torch.int32) // size
+        layer.register_parameter("g_idx", input_groups(self.prefix, data=g_idx, input_dim=0, **loader))
         # The checkpoint's float16 scales would be rounded by a model's bfloat16; float32 holds them all.
         scales = {"data": torch.empty(groups, n, dtype=torch.float32), **loader}
         qzeros = {"data": torch.empty(groups, n // per_word, dtype=torch.int32), "packed_dim": 1, **packing}
@@ -129,9 +132,12 @@ class GPTQLinearMethod(LinearMethodBase):
         else:
             layer.register_parameter("scales", GroupQuantScaleParameter(input_dim=0, output_dim=1, **scales))
             layer.register_parameter("qzeros", PackedvLLMParameter(input_dim=0, output_dim=1, **qzeros))
+        self.parts = len(output_partition_sizes)
         layers.expect("dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:
+        needed = ["qweight", "scales", *(["qzeros"] * (not self.config.is_sym)), *(["g_idx"] * self.config.act_order)]
+        layers.check_complete(layer, needed, self.parts, self.prefix, f"GPTQ int{self.bits}")
         scales = layer.scales.data
         zeros = None
         if not self.config.is_sym:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
@@ -47,21 +48,56 @@ def name_of(layer: torch.nn.Module) -> str:
     return getattr(layer, "prefix", "") or type(layer).__name__
 
 
-def checked(load: Callable, name: str, kind: str) -> Callable:
-    """The weight loader `load` of a layer; a tensor that does not fit is an error that names layer and format."""
+def kind_of(layer: torch.nn.Module, default: str) -> str:
+    """For messages: the layer's format, as far as its method told it."""
+    return getattr(layer, "gcu_kind", default)
 
-    def loader(parameter, loaded, *args, **kwargs):
+
+def checked(load: Callable, name: str, kind: str) -> Callable:
+    """The weight loader `load` of a layer; a tensor that does not fit is an error that names layer and format.
+
+    Which parts of a parameter were loaded is noted on it, for `check_complete`.
+    """
+
+    def loader(param, loaded_weight, *args, **kwargs):
         try:
-            return load(parameter, loaded, *args, **kwargs)
+            found = load(param, loaded_weight, *args, **kwargs)
         except GcuCompileError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
             raise CheckpointError(
-                f"{name} ({kind}): a tensor of {list(loaded.shape)} does not fit its place, {list(parameter.shape)} in "
-                "this process; truncated?"
+                f"{name} ({kind}): a tensor of {list(loaded_weight.shape)} does not fit its place, {list(param.shape)} "
+                "in this process; truncated?"
             ) from error
+        if found is not False:  # an expert of another rank
+            note(param, tuple(kwargs[key] for key in ("shard_id", "expert_id") if key in kwargs) or args)
+        return found
 
     return loader
+
+
+def note(parameter: torch.nn.Parameter, part: tuple) -> None:
+    """`part` of the parameter was loaded; (): all of it."""
+    parameter.gcu_parts = {*getattr(parameter, "gcu_parts", ()), part}
+
+
+def check_complete(
+    layer: torch.nn.Module, names: Iterable[str], parts: int, name: str, kind: str
+) -> None:
+    """Raise where a checkpoint lacks a tensor, or a part of one: vLLM leaves what was in memory, and says nothing.
+
+    Args:
+        names: of the parameters that a checkpoint must fill.
+        parts: how many each is loaded in, where it is not loaded whole.
+    """
+    if get_current_vllm_config().load_config.load_format == "dummy":
+        return
+    for parameter in names:
+        found = getattr(getattr(layer, parameter), "gcu_parts", set())
+        count = sum(len(part[0]) if part and isinstance(part[0], tuple) else 1 for part in found)
+        if () not in found and (None,) not in found and count < parts:
+            lacking = f"{parts - count} of the {parts} parts of {parameter}" if parts > 1 else parameter
+            raise CheckpointError(f"{name} ({kind}): the checkpoint lacks {lacking}")
 
 
 def loader_of(layer: torch.nn.Module, given: Callable) -> Callable:
@@ -89,10 +125,14 @@ def put(layer: torch.nn.Module, linear: formats.Linear, drop: tuple[str, ...]) -
     layer.gcu_layout = linear.layout
     for name in TENSORS:
         keep(layer, f"gcu_{name}", getattr(linear, name))
-    if getattr(layer, "_cpu_skip_gemm_dispatch", False):
-        # Latent attention absorbs this projection: vLLM applies it to an identity, and looks up a device by this name.
+    if absorbed(layer):  # vLLM applies it to an identity, and looks up a device by this name
         layer.weight_packed = layer.gcu_weight
     progress.done(name_of(layer))
+
+
+def absorbed(layer: torch.nn.Module) -> bool:
+    """Whether latent attention takes this projection (`kv_b_proj`) apart, as numbers, when it has been loaded."""
+    return getattr(layer, "_cpu_skip_gemm_dispatch", False)
 
 
 def keep(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
@@ -119,6 +159,8 @@ def known_activations(layer: torch.nn.Module, scale: torch.Tensor | None, zero: 
 
 def apply_int8(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None, symmetric: bool) -> torch.Tensor:
     """The layer with int8 weights and activations on x [..., K]."""
+    if absorbed(layer):  # its weight is asked for; an identity in int8 would be of what a scale makes of 1
+        return apply(layer, x, bias)
     weight = (layer.gcu_weight, layer.gcu_scales)
     known = {"bias": bias, "layout": layer.gcu_layout, "out_dtype": x.dtype}
     if layer.gcu_x_scale is None and not symmetric:

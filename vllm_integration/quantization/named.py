@@ -7,18 +7,23 @@ cache's dtype to int8 unless the user named one.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import formats
 from gcu_compile.quantize import rounding
+from gcu_compile.quantize.checkpoint import ROUTERS
 from vllm_integration.quantization import experts, progress
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.cache import SUFFIX
+
+KIND = "to be rounded"  # what messages call a checkpoint's float layers
 
 
 class NamedConfig(QuantizationConfig):
@@ -60,6 +65,8 @@ class NamedConfig(QuantizationConfig):
         return get_quantization_config(config["quant_method"]).from_config(config)
 
     def get_quant_method(self, layer, prefix):
+        if isinstance(layer, LinearBase) and is_router(prefix):
+            return UnquantizedLinearMethod()
         if isinstance(layer, LinearBase):
             method = RoundedLinearMethod()
         elif isinstance(layer, RoutedExperts):
@@ -68,6 +75,11 @@ class NamedConfig(QuantizationConfig):
             return None
         method.form, method.prefix = self.form, prefix
         return method
+
+
+def is_router(prefix: str) -> bool:
+    """Whether this linear layer chooses experts, or weighs them: it stays as it is, as in `gcu-compile quantize`."""
+    return any(re.fullmatch(router.removeprefix("re:"), prefix) for router in ROUTERS)
 
 
 def kind(config: dict) -> str:
@@ -97,18 +109,24 @@ def rounded(form: rounding.Format, name: str, weight: torch.Tensor, inputs: int)
     return formats.from_codes(name, f"rounded to int{form.bits}", codes, scales.T.contiguous(), target)
 
 
-class RoundedLinearMethod(UnquantizedLinearMethod):
-    """A float layer of the checkpoint, rounded when it has been loaded."""
+class RoundedLinearMethod(LinearMethodBase):
+    """A float layer of the checkpoint, rounded when it has been loaded.
+
+    Not a kind of vLLM's method for float layers: who asks for that takes the layer's words for numbers.
+    """
 
     prefix = ""
     form: rounding.Format
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, *args, **extra):
-        self.inputs = input_size
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, input_size, *args, **extra)
+        self.inputs, self.parts = input_size, len(output_partition_sizes)
+        extra["weight_loader"] = layers.checked(extra["weight_loader"], self.prefix, KIND)
+        sizes = input_size_per_partition, output_partition_sizes, input_size
+        UnquantizedLinearMethod.create_weights(self, layer, *sizes, *args, **extra)
         layers.expect("int8_gemm" if self.form.activations else "dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:
+        layers.check_complete(layer, ("weight",), self.parts, self.prefix, KIND)
         linear = rounded(self.form, self.prefix, layer.weight.data, self.inputs)
         layers.put(layer, linear.of_integers() if self.form.activations else linear, ("weight",))
         layers.known_activations(layer, None, None)
@@ -124,12 +142,16 @@ class RoundedExperts(experts.Experts):
 
     form: rounding.Format
 
+    kind = KIND
+
     def create_weights(self, layer, *args, **extra) -> None:
+        extra["weight_loader"] = self._checked(layer, extra["weight_loader"])
         UnquantizedFusedMoEMethod.create_weights(self, layer, *args, **extra)
         layers.expect(*self.libraries)
 
     def process_weights_after_loading(self, layer) -> None:
         for part in experts.PARTS:
+            self._check_complete(layer, (f"{part}_weight",))
             weight = getattr(layer, f"{part}_weight").data
 
             def one(expert, weight=weight, part=part):

@@ -117,11 +117,12 @@ def packed_zeros(stored: torch.Tensor, bits: int, groups: int, n: int, plus_one:
     """[G, N] zeros of int32 words packed along N, in order.
 
     Args:
-        plus_one: GPTQ's first format stores zero - 1 (`checkpoint_format: gptq`); its second (`gptq_v2`) the zero.
+        plus_one: GPTQ's first format (`checkpoint_format: gptq`) stores zero - 1, a zero of 0 as the highest code. Its
+            second (`gptq_v2`) stores the zero.
     """
     form = layouts.get("int4_rows_i32" if bits == 4 else "int8_rows_i32")
     zeros = layouts.unpack(stored, form, groups, n)
-    return (zeros + 1 if plus_one else zeros).contiguous()
+    return ((zeros + 1) % (1 << bits) if plus_one else zeros).contiguous()
 
 
 def awq_zeros(stored: torch.Tensor, groups: int, n: int) -> torch.Tensor:
