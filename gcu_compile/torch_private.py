@@ -20,6 +20,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 try:
     from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
@@ -34,6 +35,7 @@ __all__ = [
     "first_frame",
     "graph_breaks",
     "inductor_settings",
+    "is_wrapper",
     "last_frame",
     "learning",
     "phase_seconds",

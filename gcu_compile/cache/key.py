@@ -105,7 +105,12 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         grad = " grad" if value.requires_grad else ""
         stride = tuple(value.stride()) if value.layout == torch.strided else value.layout
-        return f"{value.dtype} {tuple(value.shape)} {stride} {value.device}{grad}".replace("torch.", "")
+        plain = f"{value.dtype} {tuple(value.shape)} {stride} {value.device}{grad}".replace("torch.", "")
+        if not torch_private.is_wrapper(value):
+            return plain
+        names, context = value.__tensor_flatten__()  # a quantised weight of torchao, a distributed one
+        inner = ", ".join(f"{name}: {describe(getattr(value, name))}" for name in names)
+        return f"{type(value).__qualname__} {plain} of {inner} {ADDRESS.sub('0x', repr(context))}"
     if isinstance(value, torch.SymInt):
         return f"{value} in {torch_private.symbol_range(value)}"
     return type(value).__name__ if callable(value) else ADDRESS.sub("0x", f"{type(value).__name__} {value}")

@@ -92,6 +92,42 @@ def test_a_linear_layer_has_one_form(view):
         assert len(calls(one, aten.addmm.default)) == 1 and not calls(one, aten.mm.default)
 
 
+def shifted(codes, weight, by=128, dim=0, other=None, kept=False):
+    """What torchao writes for a CPU that multiplies unsigned by signed bytes."""
+    product = torch._int_mm((codes.to(torch.int32) + by).to(torch.uint8), weight)
+    total = (weight if other is None else other).sum(dim, keepdim=True, dtype=torch.int32)
+    return (product - by * total) + (product if kept else 0)
+
+
+def integers(*shape, seed=0):
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(17, 8, 8), (33, 24, 16), (17, 1000, 64)])
+def test_products_of_shifted_codes_are_those_of_the_codes(rows, k, n):
+    codes, weight = integers(rows, k), integers(k, n, seed=1)
+    gm, report = lowered(shifted, codes, weight)
+    assert report.fused["signed_int_mm"] == 1
+    (product,) = calls(gm, aten._int_mm.default)
+    assert [arg.op for arg in product.args] == ["placeholder", "placeholder"]
+    assert torch.equal(gm(codes, weight), codes.int() @ weight.int())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"other": integers(24, 16, seed=2)}, "not 128 times the sum of the weight's columns"),
+        ({"by": 64}, None),
+        ({"kept": True}, "the product of the shifted codes is used too"),
+    ],
+)
+def test_products_of_shifted_codes_near_misses(changes, reason):
+    _, report = lowered(lambda x, w: shifted(x, w, **changes), integers(17, 24), integers(24, 16, seed=1))
+    assert not report.fused["signed_int_mm"]
+    found = [why for status, why in statuses(report, "signed_int_mm") if status == "near_miss"]
+    assert (reason is None and not found) or any(reason in why for why in found), found
+
+
 NEAR = {
     "mean_of_sum": (lambda x: x.sum(-1) / 7, "the sum is over 8 values and divided by 7"),
     "bias_of_mm": (lambda x: x[0] @ x[0].mT + x[0, 0, :1], "the bias has 1 values for 3 columns"),

@@ -5,49 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowered import lowered
+from spelled import FLOATS, G, K, N, data, fused, near_miss, run
 
-from gcu_compile import backend
 from gcu_compile.kernels import registry
 from gcu_compile.kernels.dequant_gemm import layouts
-from gcu_compile.kernels.tolerance import tolerance
-
-N, K, G = 48, 64, 4
-FLOATS = [torch.float32, torch.bfloat16]
-
-
-def run(fn, *args, rule="dequant_gemm", inductor=False, dynamic=None):
-    """(report, result) of compiling `fn`, after the result was held against plain torch in float64-like steps."""
-    torch._dynamo.reset()
-    backend.reports.clear()
-    compiled = torch.compile(fn, backend="gcu", fullgraph=True, dynamic=dynamic, options={"inductor": inductor})
-    with torch.no_grad():
-        actual, expected = compiled(*args), fn(*args)
-    scale = max(1.0, expected.abs().float().mean().item())
-    torch.testing.assert_close(actual, expected, **tolerance(actual.dtype, K, scale))
-    report = backend.reports[-1]
-    return [m for m in report.matches if m.rule == rule], actual
-
-
-def fused(*args, **kwargs):
-    (match,), _ = run(*args, **kwargs)
-    assert match.status == "fused", match.reason
-
-
-def near_miss(reason, *args, **kwargs):
-    (match,), _ = run(*args, **kwargs)
-    assert match.status == "near_miss" and reason in match.reason, (match.status, match.reason)
-
-
-def data(dtype=torch.float32, groups=G, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(3, K, generator=g).to(dtype),
-        "codes": torch.randint(0, 16, (N, K), generator=g),
-        "scales": ((torch.rand(groups, N, generator=g) + 0.5) / 32).to(dtype),
-        "zeros": torch.randint(0, 16, (groups, N), generator=g),
-        "bias": torch.randn(N, generator=g).to(dtype),
-    }
-
 
 # Ten spellings of one thing. Each takes what `data` makes, packed as it wants, and returns (function, arguments).
 
@@ -310,34 +271,3 @@ def test_near_miss_addend_that_is_no_bias():
 
     args = (d["x"], (d["codes"] - 8).to(torch.int8), d["scales"][0].unsqueeze(1), torch.randn(3, N))
     near_miss("not a bias", fn, *args)
-
-
-def integers(x, weight, x_scale, scale):
-    codes = (x / x_scale).round().clamp(-128, 127).to(torch.int8)
-    return ((torch._int_mm(codes, weight.t()).float() * x_scale) * scale).to(x.dtype)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("scale", [(N,), (1, N), ()])
-def test_integer_product_and_scales(dtype, scale):
-    x, weight = torch.randn(33, K).to(dtype), (data()["codes"] - 8).to(torch.int8)
-    x_scale = x.float().abs().amax(-1, keepdim=True) / 127
-    matches, _ = run(integers, x, weight, x_scale, torch.rand(scale) / 8, rule="int8_gemm")
-    assert [m.status for m in matches] == ["fused"], matches
-
-
-def test_integer_product_without_scales_is_not_its_business():
-    def fn(x, w):
-        return torch._int_mm(x, w.t()).float()
-
-    x = torch.randint(-8, 8, (33, K), dtype=torch.int8)
-    assert run(fn, x, (data()["codes"] - 8).to(torch.int8), rule="int8_gemm")[0] == []
-
-
-def test_integer_product_near_miss_rounded_sum():
-    def fn(x, w, s):
-        return torch._int_mm(x, w.t()).bfloat16() * s
-
-    x = torch.randint(-8, 8, (33, K), dtype=torch.int8)
-    w, s = (data()["codes"] - 8).to(torch.int8), (torch.rand(N) / 8).bfloat16()
-    near_miss("rounded before it is scaled", fn, x, w, s, rule="int8_gemm")

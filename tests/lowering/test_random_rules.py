@@ -72,6 +72,15 @@ def linear(x, case):
     return out if case["spelling"] != "sizes" else out + product.mean()
 
 
+def integers(x, case):
+    """torchao's product of bytes, of codes that do not depend on how x was rounded."""
+    codes = torch.where(between(x, case).flatten(0, 1) > 0, 5, -7).to(torch.int8)
+    weight = (torch.arange(x.shape[-1] * 16).view(-1, 16) % 23 - 11).to(torch.int8)
+    product = torch._int_mm((codes.to(torch.int32) + 128).to(torch.uint8), weight)
+    total = weight.sum({"split": 0, "sizes": -2, "chunk": 0}[case["spelling"]], keepdim=True, dtype=torch.int32)
+    return ((product - total * 128) + (product - product if case["in_place"] else 0)).to(x.dtype) / 1024
+
+
 # rule -> its pattern, with what the case puts in its way
 PATTERNS = {
     "split_to_slice": sliced,
@@ -89,6 +98,7 @@ PATTERNS = {
     "times_one": lambda x, case: between(x.sin(), case) * 1.0 + x,
     "mean_of_sum": mean,
     "bias_of_mm": linear,
+    "signed_int_mm": integers,
 }
 
 

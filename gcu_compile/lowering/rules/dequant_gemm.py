@@ -7,16 +7,18 @@ this step sees it, and then there is nothing left to fuse.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from gcu_compile.kernels.dequant_gemm import eager
 from gcu_compile.lowering import fakes, probe
-from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_size, value_of
+from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_shape, same_size, value_of
 from gcu_compile.lowering.rules.quantised_weight import Weight, placed, recover
 
 aten, prims, gcu = torch.ops.aten, torch.ops.prims, torch.ops.gcu
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Linear:
 
 
 def _linear(node: torch.fx.Node):
-    """mm(x, dequantised) and addmm(bias, x, dequantised)"""
+    """mm(x, dequantised), addmm(bias, x, dequantised), and mul(mm(x, codes), scales)"""
+    if node.target == aten.mul.Tensor:
+        return _scaled_after(node)
     bias, x, matrix = (None, *node.args) if node.target == aten.mm.default else node.args
     if not isinstance(value_of(x), torch.Tensor) or not value_of(x).is_floating_point():
         return None
@@ -44,7 +48,85 @@ def _linear(node: torch.fx.Node):
     return Linear(x, weight, bias)
 
 
-def _build_linear(graph, node, match: Linear):
+@dataclass(frozen=True)
+class ScaledAfter:
+    """x @ weight in integers as floats, then scales of the outputs; `views`: between the two, innermost first."""
+
+    x: torch.fx.Node
+    weight: torch.fx.Node
+    layout: str
+    scales: torch.fx.Node
+    views: tuple[torch.fx.Node, ...]
+
+
+def _scaled_after(node: torch.fx.Node):
+    """mul(mm(x, float(int8 weight)), scales), torchao's spelling of int8 weights"""
+    for inner, scales in (node.args, node.args[::-1]) if len(node.args) == 2 else ():
+        if not isinstance(inner, torch.fx.Node) or not isinstance(scales, torch.fx.Node):
+            continue
+        views, product = [], inner
+        while product.target in RESHAPES:
+            views.insert(0, product)
+            product = product.args[0]
+        if product.target != aten.mm.default or not value_of(product).is_floating_point():
+            continue
+        weight, layout = _stored_as_floats(product.args[1])
+        if weight is None:
+            continue
+        n, given = value_of(product).shape[1], value_of(scales)
+        if not same_size(value_of(inner).shape[-1], n) or not same_shape(value_of(inner), value_of(node)):
+            return Refusal("the product of integers is scaled in another shape", near=True)
+        leading = all(same_size(size, 1) for size in given.shape[:-1])
+        if not leading or not (_single(scales) or same_size(given.shape[-1], n)):
+            return Refusal(f"a factor of shape {list(given.shape)} is no scale of outputs", near=True)
+        if any(len(one.users) > 1 for one in (product, *views)):
+            return Refusal("the product of integers is used before it is scaled", near=True)
+        if value_of(node).dtype != value_of(product).dtype:
+            return Refusal(f"{value_of(product).dtype} is scaled to {value_of(node).dtype}", near=True)
+        return ScaledAfter(product.args[0], weight, layout, scales, tuple(views))
+    return None
+
+
+def _stored_as_floats(matrix):
+    """(node, layout) of an int8 weight that is multiplied as [K, N] in floating point, where it is the same numbers."""
+    layout, cast = "int8_columns", False
+    while value_of(matrix).dtype != torch.int8:
+        if matrix.target in (aten.permute.default, aten.t.default, aten.transpose.int):
+            layout = "int8_rows" if layout == "int8_columns" else "int8_columns"
+        elif matrix.target not in probe.CASTS:
+            return None, ""
+        cast |= matrix.target in probe.CASTS
+        matrix = matrix.args[0]
+    if cast and matrix.target in (aten.permute.default, aten.t.default, aten.transpose.int):
+        layout = "int8_rows" if layout == "int8_columns" else "int8_columns"
+        matrix = matrix.args[0]
+    return (matrix, layout) if cast and value_of(matrix).dim() == 2 else (None, "")
+
+
+def _build_scaled_after(graph, node, match: ScaledAfter):
+    call = fakes.calling(graph)
+    scales = _of_outputs(match, value_of(node).shape[-1], call)
+    made = call(gcu.dequant_gemm.default, match.x, match.weight, scales, None, None, None, layout=match.layout)
+    for view in match.views:
+        made = call(aten.view.default, made, view.args[1])
+    return made
+
+
+def _of_outputs(match: ScaledAfter | Integers, n, call) -> torch.fx.Node:
+    """The scales of a match as [1, N]."""
+    scales = match.scales
+    if _single(scales):
+        if not isinstance(n, int):
+            n = call(aten.sym_size.int, match.weight, 0 if match.layout == "int8_rows" else 1)
+        return call(aten.expand.default, call(aten.view.default, scales, [1, 1]), [1, n])
+    while value_of(scales).dim() > 2:
+        scales = call(aten.squeeze.dim, scales, 0)
+    return call(aten.unsqueeze.default, scales, 0) if value_of(scales).dim() == 1 else scales
+
+
+def _build_linear(graph, node, match: Linear | ScaledAfter):
+    if isinstance(match, ScaledAfter):
+        return _build_scaled_after(graph, node, match)
     call, weight, n = fakes.calling(graph), match.weight, value_of(node).shape[-1]
     scales = placed(weight.scales.source, weight.scales, n, 0, call)
     zeros = weight.zeros and placed(weight.zeros.source, weight.zeros, n, weight.zero_offset, call)
@@ -67,7 +149,7 @@ class Integers:
 
 def _int_product(node: torch.fx.Node):
     """mul(mul(float(int mm), x_scales), scales), scales in either order, casts in between"""
-    if any(user.target == aten.mul.Tensor and _product_under(user) is not None for user in node.users):
+    if any(_product_under(user) is not None for user in _multiplied(node)):
         return None  # a larger product of the same sum is tried in its turn
     found = _product_under(node)
     if found is None:
@@ -75,8 +157,8 @@ def _int_product(node: torch.fx.Node):
     product, factors, casts = found
     x, matrix = product.args[:2]
     rows, n = value_of(product).shape
-    if any(dtype in (torch.float16, torch.bfloat16) for dtype in casts):
-        return Refusal("the integer sum is rounded before it is scaled", near=True)
+    if torch.float16 in casts:  # bfloat16 only rounds, once more than the operation
+        return Refusal("the integer sum goes through torch.float16, which may not hold it", near=True)
     if not _bytes(x):
         return Refusal("the activations are not int8", near=True)
     weight, layout = _stored(matrix)
@@ -104,6 +186,15 @@ def _int_product(node: torch.fx.Node):
     if per_output is None:
         return Refusal("there is no scale of the outputs", near=True)
     return Integers(x, weight, layout, per_row, per_output)
+
+
+def _multiplied(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Products of the node's number, through casts."""
+    for user in node.users:
+        if user.target == aten.mul.Tensor:
+            yield user
+        elif user.target in probe.CASTS:
+            yield from _multiplied(user)
 
 
 def _single(node: torch.fx.Node) -> bool:
@@ -164,16 +255,8 @@ def _stored(matrix):
 
 
 def _build_integers(graph, node, match: Integers):
-    call, n, scales, x_scales = fakes.calling(graph), value_of(node).shape[-1], match.scales, match.x_scales
-    if _single(scales):
-        if not isinstance(n, int):
-            n = call(aten.sym_size.int, match.weight, 0 if match.layout == "int8_rows" else 1)
-        scales = call(aten.expand.default, call(aten.view.default, scales, [1, 1]), [1, n])
-    else:
-        while value_of(scales).dim() > 2:
-            scales = call(aten.squeeze.dim, scales, 0)
-        if value_of(scales).dim() == 1:
-            scales = call(aten.unsqueeze.default, scales, 0)
+    call, x_scales = fakes.calling(graph), match.x_scales
+    scales = _of_outputs(match, value_of(node).shape[-1], call)
     if x_scales is None:
         x_scales = call(aten.full.default, [1], 1.0, dtype=torch.float32, device=value_of(node).device)
     elif value_of(x_scales).dim() != 2 or not same_size(value_of(x_scales).shape[0], value_of(match.x).shape[0]):
@@ -186,7 +269,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="dequant_gemm",
         step="dequant_gemm",
-        anchors=(aten.mm.default, aten.addmm.default),
+        anchors=(aten.mm.default, aten.addmm.default, aten.mul.Tensor),
         match=_linear,
         build=_build_linear,
         eager=eager.dequant_gemm,

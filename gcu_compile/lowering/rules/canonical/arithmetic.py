@@ -7,7 +7,18 @@ import math
 import torch
 from torch.fx import Graph, Node
 
-from gcu_compile.lowering.match import Bind, Call, Number, Through, arguments_of, find, number_of
+from gcu_compile.lowering.match import (
+    CASTS,
+    Anything,
+    Bind,
+    Call,
+    Found,
+    Number,
+    Through,
+    arguments_of,
+    find,
+    number_of,
+)
 from gcu_compile.lowering.rule import Refusal, Rule, same_size, value_of
 from gcu_compile.lowering.rules.canonical.common import fresh, identity, source
 
@@ -115,7 +126,41 @@ def _build_addmm(graph: Graph, node: Node, found) -> Node:
     return graph.call_function(aten.view.default, (linear, view.args[1]))
 
 
+def _signed_product(node: Node):
+    """int_mm(uint8(codes + 128), w) - 128 * sum(w, 0) -> int_mm(codes, w), which is the same number
+
+    Whose CPU multiplies unsigned by signed bytes best writes the former, as torchao does.
+    """
+    product, correction = node.args
+    if not isinstance(product, Node) or product.target is not aten._int_mm.default or node.kwargs:
+        return None
+    shifted, weight = product.args
+    codes = find(SHIFTED, shifted)
+    if not isinstance(codes, Found) or value_of(shifted).dtype != torch.uint8:
+        return None
+    if value_of(codes["codes"]).dtype != torch.int8:
+        return Refusal(f"the codes that 128 is added to are {value_of(codes['codes']).dtype}, not int8", near=True)
+    total = find(COLUMN_SUM, correction) if isinstance(correction, Node) else None
+    if not isinstance(total, Found) or total["weight"] is not weight:
+        return Refusal("what is taken off is not 128 times the sum of the weight's columns", near=True)
+    summed = next(one for one in total.nodes if one.target is aten.sum.dim_IntList)
+    if list(arguments_of(summed)["dim"]) not in ([0], [-2]) or value_of(summed).dtype != torch.int32:
+        return Refusal("the weight is not summed by column, in int32", near=True)
+    if len(product.users) > 1:
+        return Refusal("the product of the shifted codes is used too", near=True)
+    return codes["codes"], weight
+
+
+def _build_signed_product(graph: Graph, node: Node, found: tuple[Node, Node]) -> Node:
+    return graph.call_function(aten._int_mm.default, found)
+
+
+CAST = tuple(CASTS)
+SHIFTED = Call(CAST, Call(aten.add.Tensor, Call(CAST, Bind("codes")), 128))
+COLUMN_SUM = Call(aten.mul.Tensor, Call(aten.sum.dim_IntList, Bind("weight"), Anything(), Anything()), 128)
+
 RULES = (
+    Rule("signed_int_mm", STEP, (aten.sub.Tensor,), _signed_product, _build_signed_product, torch._int_mm),
     Rule("square", STEP, (aten.pow.Tensor_Scalar,), _square, _build_square, torch.square),
     Rule(
         "rsqrt",
