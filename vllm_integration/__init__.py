@@ -40,10 +40,11 @@ def wants_card() -> bool:
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once."""
-    from vllm_integration import behaviours, quantization, versions, vllm_private
+    from vllm_integration import behaviours, models, quantization, versions, vllm_private
 
     for backend in (MLA, ATTENTION):  # so that --attention-backend knows them
         versions.register_attention(*backend)
     behaviours.install()
     vllm_private.when_imported("vllm.v1.engine.core_client", vllm_private.end_output_threads_at_exit)
     quantization.install()
+    models.register()
