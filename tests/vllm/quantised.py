@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gcu_compile.kernels.dequant_gemm import eager, layouts
 
-LINEAR = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
+LINEAR = re.compile(r"(proj|proj_with_mqa|c_attn|\.w[123])\.weight$")
 Reach = tuple[float, float]  # smallest and largest activation of a layer
 
 
