@@ -287,7 +287,7 @@ FAMILIES = {
         **SIZES, "ffn_dim": 192, "max_position_embeddings": 256, "word_embed_proj_dim": 128}),
     "Phi-3": Family("Phi3Config", GQA),
     "DBRX": Family("DbrxConfig", {
-        **SIZES, "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
+        **SIZES, "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "rope_parameters": ROPE,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": THETA},
         "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}),
     "GLM-4 (hf)": Family("GlmConfig", {**GQA, "head_dim": 32, "attention_bias": True}),

@@ -42,6 +42,7 @@ def test_a_class_of_vllm_is_left_alone(monkeypatch):
     assert theirs["QWenLMHeadModel"] is theirs["LlamaForCausalLM"]
     ours = {name: theirs[name].module_name for name in models.MODELS if name != "QWenLMHeadModel"}
     assert {place.rpartition(".")[0] for place in ours.values()} == {"vllm_integration.models"}
+    assert theirs["DbrxForCausalLM"].module_name == "vllm_integration.models.dbrx"
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -1,4 +1,5 @@
-"""Language models that vLLM removed, as models of ours: Qwen v1, Baichuan 1 and 2, InternLM v1, Aquila.
+"""Language models that vLLM removed, as models of ours: Qwen v1, Baichuan 1 and 2, InternLM v1, Aquila; and DBRX, whose
+checkpoints vLLM 0.32 does not load.
 
 How to add one: README.md beside this file. Importing this package imports neither vLLM nor transformers.
 """
@@ -14,13 +15,15 @@ MODELS = {
     "AquilaModel": ("aquila:AquilaForCausalLM", "AquilaConfig"),
     "AquilaForCausalLM": ("aquila:AquilaForCausalLM", "AquilaConfig"),
 }
+# In the place of vLLM's own.
+REPAIRED = {"DbrxForCausalLM": "dbrx:DbrxForCausalLM"}
 
 
 def register() -> None:
     """Make our models known to vLLM, and their configurations to transformers. Idempotent.
 
-    A class of the running vLLM is left alone, and so is a configuration that somebody registered before. A
-    configuration that is registered is taken before a repository's own code, which then need not be trusted.
+    A class of the running vLLM is left alone but for `REPAIRED`, and so is a configuration that somebody registered
+    before. A configuration that is registered is taken before a repository's own code, which then need not be trusted.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
     from vllm.model_executor.models import ModelRegistry
@@ -36,3 +39,5 @@ def register() -> None:
         config = getattr(configs, config)
         if config.model_type not in CONFIG_MAPPING:
             AutoConfig.register(config.model_type, config)
+    for architecture, place in REPAIRED.items():
+        ModelRegistry.register_model(architecture, f"{__name__}.{place}")
