@@ -32,6 +32,9 @@ def save_mixture(family: str, folder):
         sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
         config = transformers.Qwen2MoeConfig(**common, num_experts=EXPERTS, **sizes)
         make = transformers.Qwen2MoeForCausalLM
+    elif family == "qwen3_moe":  # whose router vLLM makes with the configuration of the quantised layers
+        config = transformers.Qwen3MoeConfig(**common, num_experts=EXPERTS, moe_intermediate_size=64, head_dim=64)
+        make = transformers.Qwen3MoeForCausalLM
     else:
         sizes = {"moe_intermediate_size": 64, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
         heads = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
@@ -50,7 +53,7 @@ def save_mixture(family: str, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2"])
 def test_logits_of_a_mixture(family, tmp_path):
     check(family, CHOSEN, tmp_path, enforce_eager=True)
 

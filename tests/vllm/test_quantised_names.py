@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 from engine import SMALL
-from quantised import LINEAR, load, logprobs, quantised_inputs
+from quantised import FORMS as STORED
+from quantised import LINEAR, load, logprobs, quantised_inputs, save
 from quantised import Form as Stored
 from safetensors.torch import load_file, save_file
 from several import run
@@ -86,6 +87,29 @@ def test_names_and_checkpoints(name, tmp_path):
         found, numbers = torch.tensor(sum(replies[case]["logprobs"], [])), torch.tensor(sum(numbers, []))
         # Keys and values of 8 bits: a small change, and one that is seen.
         assert 0 < (found - numbers).abs().mean() < 0.05, case
+
+
+@pytest.mark.slow
+def test_an_int8_cache_beside_other_checkpoints(tmp_path):
+    """`w4a16c8` and `w8a16c8` of GPTQ and AWQ, and a cache that is asked for by its own argument."""
+    cases = {
+        ("gptq int4 asymmetric act-order", "w4a16c8"): {"quantization": "w4a16c8"},
+        ("gptq int8", "w8a16c8"): {"quantization": "w8a16c8"},
+        ("awq int4", "w4a16c8"): {"quantization": "w4a16c8"},
+        ("awq int4", None): {"kv_cache_dtype": "int8"},
+    }
+    requests, meant = [], []
+    for index, ((name, _), words) in enumerate(cases.items()):
+        plain = save_llama(tmp_path / f"plain{index}")
+        folder = save(STORED[name], plain, tmp_path / f"model{index}")
+        meant.append(torch.tensor(sum(logprobs(load(plain), prompts()), [])))
+        sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        llm = {**SMALL, **words, "model": str(folder), "enforce_eager": True}
+        requests.append({"llm": llm, "prompts": prompts(), "sampling": sampling})
+    for reply, numbers in zip(run(tmp_path / "run", requests, timeout=900), meant, strict=True):
+        assert reply["kv_cache_dtype"].startswith("int8") and not reply["worker"]["fallbacks"]
+        difference = (torch.tensor(sum(reply["logprobs"], [])) - numbers).abs().mean()
+        assert 0 < difference < 0.05  # keys and values of 8 bits: a small change, and one that is seen
 
 
 def test_a_name_that_is_not_the_checkpoints(tmp_path):
