@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,14 @@ from gcu_compile.cli.report import JsonFile, write_json
 Model = Annotated[Path, typer.Argument(help="A model folder with .safetensors files and config.json.")]
 Name = Annotated[str, typer.Option("--format", help="w4a16, w8a16 or w8a8.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")]
-Group = Annotated[int | None, typer.Option("--group-size", help="Inputs per scale; default: the largest that fits.")]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        help="Inputs per scale (w4a16, w8a16), a divisor of every layer's; default: the largest of 128, 64 and 32 that "
+        "is one (w4a16), a scale per output (w8a16).",
+    ),
+]
 Cache = Annotated[str | None, typer.Option("--kv-cache", help="int8: ask readers for an int8 KV cache.")]
 Calibration = Annotated[
     Path | None,
@@ -51,7 +59,7 @@ def quantize(
 
     if kv_cache not in (None, "int8"):
         raise UnknownNameError("KV cache format", kv_cache, ("int8",))
-    texts = None if calibration is None else calibration.read_text().splitlines()
+    texts = None if calibration is None else _texts(calibration)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers", total=None)
@@ -69,6 +77,28 @@ def quantize(
     typer.echo(f"{result['bytes_before'] / 1e6:.1f} MB -> {result['bytes_after'] / 1e6:.1f} MB")
     _errors("error of the weights, |difference| / |weight|", "relative", layers)
     _errors("error of the outputs on the calibration's texts", "outputs", layers)
+    _warn(result["left"])
+
+
+def _texts(file: Path) -> list[str]:
+    from gcu_compile.errors import InvalidValueError
+
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidValueError("--calibration", str(file), f"a text file, a document a line ({why})") from error
+
+
+def _warn(left: list[dict]) -> None:
+    """Weights that stay float though their kind is otherwise quantised: one line for those that differ by numbers."""
+    alike: dict[tuple[str, str], int] = {}
+    for weight in left:
+        if not weight["meant"]:
+            key = re.sub(r"(?<=\.)\d+(?=\.)", "*", weight["name"]), weight["reason"]
+            alike[key] = alike.get(key, 0) + 1
+    for (name, reason), count in alike.items():
+        typer.echo(f"warning: {name} stays float ({count} in all), and readers are told so: {reason}", err=True)
 
 
 def _errors(title: str, key: str, layers: list[dict]) -> None:

@@ -1,13 +1,10 @@
-"""Reads a checkpoint's linear layers and writes its files with those layers as integers."""
+"""Writes a checkpoint's files with its linear layers as integers."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +13,6 @@ from gcu_compile.kernels.dequant_gemm import layouts
 from gcu_compile.quantize.rounding import Format
 from gcu_compile.quantize.stored import PACKED, dequantised
 
-# Weights of experts in a file's own names; transformers may hold them as one tensor and no linear layer.
-EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
-ROUTERS = ("re:.*\\.gate$", "re:.*shared_expert_gate$")
 # A weight's name and the weight [N, K] -> its codes [N, K] and scales [N, G].
 Codes = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -35,44 +29,6 @@ class LayerError:
     relative: float
     largest: float
     outputs: float | None = None
-
-
-def read_config(model: Path) -> dict[str, Any]:
-    """config.json of a folder whose weights are not quantised yet; else a `CheckpointError`."""
-    try:
-        config = json.loads((model / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model / 'config.json'}: {error}") from error
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "some method")
-        raise CheckpointError(f"{model} is quantised already ({method})")
-    return config
-
-
-def find_linears(config: dict[str, Any], shards: list[Path]) -> dict[str, tuple[int, int]]:
-    """Name of each linear layer's weight in the files -> (N, K). The head and routers stay as they are."""
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    known = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
-    names = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not model.get_output_embeddings()
-        and not any(re.fullmatch(router.removeprefix("re:"), name) for router in ROUTERS)
-    }
-    found = {}
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
-                if name in names or EXPERT.search(name):
-                    found[name] = tuple(file.get_slice(name).get_shape())
-    if not found:
-        raise CheckpointError("no weight in the files belongs to a linear layer of config.json's model")
-    return dict(sorted(found.items()))
 
 
 class Writer:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gcu_compile.errors import CheckpointError
+from gcu_compile.quantize.source import load
 
 TOKENS = 2048  # of one text; what is longer is cut
 INT8_MAX = 127.0
@@ -29,7 +30,7 @@ def calibrate(model: Path, texts: list[str]) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: keys or values that are not finite, or a model whose layers cache none.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers import DynamicCache
 
     class Watched(DynamicCache):
         """A cache that remembers how far its keys and values reach."""
@@ -41,8 +42,7 @@ def calibrate(model: Path, texts: list[str]) -> dict[str, torch.Tensor]:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     found: dict[tuple[int, str], float] = {}
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer, network = load(model)
     names = _attentions(network)
     with torch.no_grad():
         for text in filter(None, texts):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gcu_compile.quantize.source import load
 from gcu_compile.quantize.stored import Stored
 
 TOKENS = 512  # of one text
@@ -25,10 +26,7 @@ def output_errors(
     Returns:
         Weight's name -> error; experts whose weights transformers keeps in one tensor have none.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer, network = load(model)
     found: dict[str, list[float]] = {}
 
     def watch(name: str):
