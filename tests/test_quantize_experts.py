@@ -29,11 +29,10 @@ STACKED = {
         {**ONE, **TWO, "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
-    "Llama4": (
-        {**ONE, **TWO, "head_dim": 32, "intermediate_size_mlp": 192, "interleave_moe_layer_step": 1},
-        ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
-    ),
 }
+
+
+LLAMA4 = {**ONE, **TWO, "head_dim": 32, "intermediate_size_mlp": 192, "interleave_moe_layer_step": 1}
 
 
 def save(folder, architecture, settings):
@@ -130,10 +129,37 @@ def test_experts_in_one_tensor_stay_float_and_it_is_said(architecture, tmp_path)
         assert any(match_name(name, ignored) for ignored in ignore), name
     for layer in report["layers"]:
         assert not any(match_name(layer["name"], ignored) for ignored in ignore), layer["name"]
-    theirs = read(tmp_path / "out").state_dict()
-    attention = "model.layers.0.self_attn.q_proj.weight"
-    stored = Stored(tmp_path / "out", 8, None).numbers(attention, before[attention].shape)
-    torch.testing.assert_close(theirs[attention].float(), stored)
+    from transformers import AutoModelForCausalLM
+
+    stored = Stored(tmp_path / "out", 8, None)
+    for layer in report["layers"]:
+        name = f"{layer['name']}.weight"
+        before[name] = stored.numbers(name, before[name].shape)
+    theirs = dict(read(tmp_path / "out").named_parameters())
+    save_file(before, model / WHOLE, metadata={"format": "pt"})
+    for name, number in AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters():
+        torch.testing.assert_close(theirs[name].float(), number, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["w4a16", "w8a8"])
+def test_llama4s_experts_are_numbered_as_its_readers_want_them(form, tmp_path):
+    model = save(tmp_path / "model", "Llama4", LLAMA4)
+    report = quantize(model, tmp_path / "out", form)
+    before, theirs = load_file(model / WHOLE), dict(read(tmp_path / "out").named_parameters())
+    stored = Stored(tmp_path / "out", FORMATS[form].bits, report["group_size"])
+    assert all(weight["meant"] for weight in report["left"])
+    block = "model.layers.0.feed_forward"
+    assert torch.equal(theirs[f"{block}.router.weight"], before[f"{block}.router.weight"])
+    for expert in range(TWO["num_local_experts"]):
+        gate, up = before[f"{block}.experts.gate_up_proj"][expert].T.chunk(2)
+        down = before[f"{block}.experts.down_proj"][expert].T
+        for part, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            name = f"{block}.experts.{expert}.{part}.weight"
+            number = stored.numbers(name, weight.shape)
+            torch.testing.assert_close(theirs[name].float(), number, rtol=1e-6, atol=1e-6)
+            (found,) = (layer for layer in report["layers"] if f"{layer['name']}.weight" == name)
+            assert found["relative"] == pytest.approx(((number - weight).norm() / weight.norm()).item(), rel=1e-4)
+            assert found["relative"] < 0.2
 
 
 def test_a_weight_that_transformers_does_not_know_is_named(tmp_path):

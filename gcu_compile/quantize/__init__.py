@@ -100,9 +100,9 @@ def quantize(
             texts = list(filter(None, calibration))
             integers = config["quantization_config"]
             solved = gptq.solve(model, Path(aside), integers, linears, texts, ready, llmcompressor)
-            writer = Writer(form, lambda name, weight: solved.codes(name, weight.shape), linears, lambda name: None)
+            writer = Writer(form, lambda name, weight: solved.codes(name, weight.shape), found, lambda name: None)
         else:
-            writer = Writer(form, lambda name, weight: to_nearest(weight, form.bits, size), linears, ready)
+            writer = Writer(form, lambda name, weight: to_nearest(weight, form.bits, size), found, ready)
         scales = kv_cache.calibrate(model, calibration) if cache and calibration is not None else {}
         for shard in shards:
             target = WHOLE if len(shards) == 1 else shard.name  # readers look for one file under this name only

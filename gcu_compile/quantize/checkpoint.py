@@ -11,6 +11,7 @@ import torch
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import layouts
 from gcu_compile.quantize.rounding import Format
+from gcu_compile.quantize.source import Layers
 from gcu_compile.quantize.stored import PACKED, dequantised
 
 # A weight's name and the weight [N, K] -> its codes [N, K] and scales [N, G].
@@ -34,9 +35,9 @@ class LayerError:
 class Writer:
     """Writes a checkpoint's files; keeps layers' `errors`, the file `where` each tensor lies, the `bytes` in all."""
 
-    def __init__(self, form: Format, codes: Codes, linears: dict[str, tuple[int, int]], wrote: Callable[[str], None]):
-        """`linears`: name of each weight to quantise -> (N, K); `wrote` is called with the name of each one done."""
-        self._form, self._codes, self._linears, self._wrote = form, codes, linears, wrote
+    def __init__(self, form: Format, codes: Codes, layers: Layers, wrote: Callable[[str], None]):
+        """`wrote` is called with the name of each weight of `layers` that is done."""
+        self._form, self._codes, self._layers, self._wrote = form, codes, layers, wrote
         self.errors: list[LayerError] = []
         self.where: dict[str, str] = {}
         self.bytes = 0
@@ -50,9 +51,14 @@ class Writer:
         with safe_open(shard, "pt") as file:
             metadata = file.metadata() or {"format": "pt"}
             for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
-                if name in self._linears:
+                if name in self._layers.linears:
                     tensors |= self._layer(name, file.get_tensor(name))
                     self._wrote(name)
+                elif name in self._layers.parts:
+                    stacked = file.get_slice(name)
+                    for part, place in self._layers.parts[name].items():
+                        tensors |= self._layer(part, stacked[place].T.contiguous())
+                        self._wrote(part)
                 else:
                     tensors[name] = file.get_tensor(name)
         tensors |= more

@@ -25,6 +25,8 @@ ROUTERS = ("re:.*\\.gate$", "re:.*shared_expert_gate$", "re:.*\\.router(\\.layer
 # vLLM asks for experts that are one tensor by the names that they would have one by one.
 STACKED = "re:.*\\.experts\\..*"
 QUANTISED = re.compile(r"\.(qweight|weight_packed|weight_scale|weight_scale_inv)$")
+# Stacked experts of Llama 4, transposed, whose readers want them numbered and apart once they are quantised.
+LLAMA4 = re.compile(r"(?P<base>.*\.feed_forward\.experts)\.(?P<part>gate_up_proj|down_proj)$")
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 TOLD = 300  # characters of another library's message that an error repeats
 
@@ -41,9 +43,13 @@ class Left:
 
 @dataclass
 class Layers:
-    """Name of each linear layer's weight -> (N, K); the weights `left` float; the names that readers must `ignore`."""
+    """Name of each linear layer's weight -> (N, K); the weights `left` float; the names that readers must `ignore`.
+
+    `parts`: of a stacked tensor's name: the weights in it, as names and the places that give [K, N].
+    """
 
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, tuple[int | slice, ...]]] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
 
@@ -132,7 +138,11 @@ def find_layers(model: Path, config: dict[str, Any], shards: list[Path]) -> Laye
             _refuse(model, f"it holds {name}")
         if len(shape) < 2 or name.endswith("bias"):
             continue
-        if base in heads:
+        if len(shape) == 3 and config["model_type"].startswith("llama4") and (stacked := LLAMA4.match(name)):
+            found.parts[name] = _llama4(stacked["base"], stacked["part"], shape)
+            n = shape[2] // 2 if stacked["part"] == "gate_up_proj" else shape[2]
+            found.linears |= dict.fromkeys(found.parts[name], (n, shape[1]))
+        elif base in heads:
             found.left.append(Left(name, shape, "the head", True))
         elif isinstance(module, torch.nn.Embedding):
             found.left.append(Left(name, shape, "an embedding", True))
@@ -163,6 +173,16 @@ def find_layers(model: Path, config: dict[str, Any], shards: list[Path]) -> Laye
         if left.reason != "an embedding" and not any(_matches(ignored, base) for ignored in found.ignore):
             found.ignore.append(base)
     return found
+
+
+def _llama4(base: str, part: str, shape: tuple[int, ...]) -> dict[str, tuple[int | slice, ...]]:
+    every, half = slice(None), shape[2] // 2
+    ranges = {"gate_proj": slice(half), "up_proj": slice(half, None)} if part == "gate_up_proj" else {part: every}
+    return {
+        f"{base}.{expert}.{name}.weight": (expert, every, outputs)
+        for expert in range(shape[0])
+        for name, outputs in ranges.items()
+    }
 
 
 def _matches(ignored: str, name: str) -> bool:
