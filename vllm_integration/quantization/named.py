@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from gcu_compile.errors import CheckpointError
 from gcu_compile.kernels.dequant_gemm import formats
 from gcu_compile.quantize import rounding
-from gcu_compile.quantize.checkpoint import ROUTERS
+from gcu_compile.quantize.source import ROUTERS
 from vllm_integration.quantization import experts, progress
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.cache import SUFFIX
