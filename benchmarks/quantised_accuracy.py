@@ -5,7 +5,7 @@
 DOCS.jsonl has a text field per line. Windows of 512 tokens; bfloat16 through vLLM with gcu-compile, without compiling
 (each format in a process of its own), and through transformers with the checkpoint's weights dequantised to float32.
 A name with c8 has an int8 KV cache beside it; `--calibration FILE` (text) gives that cache scales of its own. `--method
-gptq` solves for the calibration's text instead of rounding to nearest.
+gptq` solves for the calibration's text instead of rounding to nearest; `--asymmetric` stores zero points.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--method", default="nearest")
+    parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--batches", help=argparse.SUPPRESS)
@@ -109,7 +110,8 @@ def main() -> None:
                 model, cache = Path(folder) / name, name.endswith("c8")
                 calibration = texts if cache or arguments.method == "gptq" else None
                 form, method = name.removesuffix("c8"), arguments.method
-                report = quantize(arguments.model, model, form, cache=cache, calibration=calibration, method=method)
+                how = {"cache": cache, "method": method, "asymmetric": arguments.asymmetric}
+                report = quantize(arguments.model, model, form, calibration=calibration, **how)
                 error = sum(layer["relative"] for layer in report["layers"]) / len(report["layers"])
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             found = {side: measure(side, model, batches) for side in ("vllm", "transformers")}

@@ -27,7 +27,13 @@ def numbers(folder, form, size):
         if kind == "weight_packed":
             n, k = load_file(folder / "model.safetensors")[f"{base}.weight_shape"].tolist()
             layout = layouts.get(f"int{FORMATS[form].bits}_rows_i32")
-            found[f"{base}.weight"] = layouts.unpack(tensor, layout, n, k).float() - layout.midpoint
+            codes, stored = layouts.unpack(tensor, layout, n, k).float(), load_file(folder / "model.safetensors")
+            zeros = torch.tensor(layout.midpoint)
+            if f"{base}.weight_zero_point" in stored:
+                words = stored[f"{base}.weight_zero_point"]
+                zeros = layouts.unpack(words.T.contiguous(), layout, words.shape[1], n).T.float()
+                zeros = zeros.repeat_interleave(k // words.shape[1], 1)
+            found[f"{base}.weight"] = codes - zeros
         elif kind == "weight":
             found[name] = tensor.float()
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -38,12 +44,14 @@ def numbers(folder, form, size):
     return found
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_transformers_reads_what_was_written(form, model, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "asymmetric"), [*((form, False) for form in FORMATS), ("w4a16", True), ("w8a16", True)]
+)
+def test_transformers_reads_what_was_written(form, asymmetric, model, tmp_path):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    report = quantize(model, tmp_path / "out", form)
+    report = quantize(model, tmp_path / "out", form, asymmetric=asymmetric)
     assert len(report["layers"]) == 7 * LLAMA["num_hidden_layers"]
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     missing = plain.load_state_dict(numbers(tmp_path / "out", form, report["group_size"]), strict=False)
@@ -68,6 +76,36 @@ def test_weights_are_rounded_to_the_nearest_code(form, model, tmp_path):
         error = (after[name].view_as(groups) - groups).abs()
         assert bool((error <= step * 0.5001).all())
         assert layer["relative"] == pytest.approx((error.norm() / groups.norm()).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("form", "size"), [("w4a16", 32), ("w8a16", None)])
+def test_zero_points_bring_codes_nearer_to_weights_that_are_not_centred(form, size, tmp_path):
+    folder = save_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "proj" in name:
+            tensors[name] = tensors[name] + 0.05 * tensors[name].abs().max()
+    tensors["model.layers.0.mlp.up_proj.weight"][:3] = torch.tensor([[0.0], [0.5], [-0.5]])  # one value, or none
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plain = quantize(folder, tmp_path / "plain", form, size)
+    report = quantize(folder, tmp_path / "out", form, size, asymmetric=True)
+    after = numbers(tmp_path / "out", form, size)
+    for layer, other in zip(report["layers"], plain["layers"], strict=True):
+        before = tensors[f"{layer['name']}.weight"]
+        groups = before.view(before.shape[0], -1, size or before.shape[1])
+        reach = groups.amax(-1, keepdim=True).clamp(min=0) - groups.amin(-1, keepdim=True).clamp(max=0)
+        error = (after[f"{layer['name']}.weight"].view_as(groups) - groups).abs()
+        assert bool((error <= reach / (2 ** FORMATS[form].bits - 1) * 1.0001).all())  # the zero is rounded, too
+        assert layer["relative"] < other["relative"]
+
+
+def test_zero_points_are_for_weights_alone_and_rounding(model, tmp_path):
+    for words in ({"name": "w8a8"}, {"name": "w4a16", "method": "gptq", "calibration": ["text"]}):
+        with pytest.raises(InvalidValueError, match="zero points are for w4a16 and w8a16, rounded to nearest"):
+            quantize(model, tmp_path / "out", **words, asymmetric=True)
+    words = ["quantize", str(model), "--format", "w4a16", "--asymmetric", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and "groups of 64 with zero points" in result.output, result.output
 
 
 def test_command_reports_layers_and_writes_json(model, tmp_path):

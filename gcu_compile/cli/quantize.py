@@ -23,6 +23,10 @@ Group = Annotated[
         "is one (w4a16), a scale per output (w8a16).",
     ),
 ]
+Zeros = Annotated[
+    bool,
+    typer.Option("--asymmetric", help="A zero point beside every scale (w4a16, w8a16): nearer, a little larger."),
+]
 Cache = Annotated[str | None, typer.Option("--kv-cache", help="int8: ask readers for an int8 KV cache.")]
 Calibration = Annotated[
     Path | None,
@@ -47,6 +51,7 @@ def quantize(
     name: Name,
     out: Out,
     group_size: Group = None,
+    asymmetric: Zeros = False,
     kv_cache: Cache = None,
     calibration: Calibration = None,
     method: Method = "nearest",
@@ -68,10 +73,12 @@ def quantize(
             bar.update(task, description=layer, completed=done, total=total)
 
         cached = kv_cache is not None
-        result = quantiser.quantize(model, out, name, group_size, progress, cached, texts, method, llmcompressor)
+        how = method, llmcompressor, asymmetric
+        result = quantiser.quantize(model, out, name, group_size, progress, cached, texts, *how)
     write_json(json_file, result)
     layers = result["layers"]
     size = f"groups of {result['group_size']}" if result["group_size"] else "a scale per output"
+    size += " with zero points" if result["asymmetric"] else ""
     cache = {"static": ", int8 KV cache with calibrated scales", "dynamic": ", int8 KV cache", None: ""}
     typer.echo(f"{out}: {name}, {method}, {size}, {len(layers)} layers{cache[result['kv_cache']]}")
     typer.echo(f"{result['bytes_before'] / 1e6:.1f} MB -> {result['bytes_after'] / 1e6:.1f} MB")

@@ -1,8 +1,8 @@
 """Quantises a checkpoint, by rounding to nearest or by GPTQ, into the compressed-tensors format that other tools read.
 
     formats of the vendor's release notes      compressed-tensors
-    w4a16   4-bit weights in groups            pack-quantized, symmetric, a scale per group
-    w8a16   8-bit weights per output           pack-quantized, symmetric, a scale per output (or group)
+    w4a16   4-bit weights in groups            pack-quantized, a scale (and a zero point, if asked) per group
+    w8a16   8-bit weights per output           pack-quantized, the same per output (or group)
     w8a8    8-bit weights and activations      int-quantized, a scale per output, activations per token as they come
     ..c8    int8 KV cache beside it            kv_cache_scheme: scales per token as they come, or k_scale and v_scale
 
@@ -28,7 +28,7 @@ from gcu_compile.errors import CheckpointError, InvalidValueError, UnknownNameEr
 from gcu_compile.quantize import gptq, kv_cache
 from gcu_compile.quantize.checkpoint import Writer
 from gcu_compile.quantize.measure import output_errors
-from gcu_compile.quantize.rounding import FORMATS, GROUP_SIZES, Format, to_nearest
+from gcu_compile.quantize.rounding import FORMATS, GROUP_SIZES, Format, to_nearest, to_nearest_with_zeros
 from gcu_compile.quantize.source import INDEX, WHOLE, find_layers, find_shards, other_files, read_config
 from gcu_compile.quantize.stored import Stored
 
@@ -45,6 +45,7 @@ def quantize(
     calibration: list[str] | None = None,
     method: str = "nearest",
     llmcompressor: Path | None = None,
+    asymmetric: bool = False,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `model`, quantised, as the folder `out`.
 
@@ -58,10 +59,12 @@ def quantize(
             outputs' errors are measured.
         method: of `METHODS`. gptq needs `calibration`: its texts say which errors matter.
         llmcompressor: the Python of an environment that has it, for gptq; None: one is made in the user's cache.
+        asymmetric: a zero point beside every scale, so that a group's codes reach from its smallest weight to its
+            largest (w4a16 and w8a16, rounded to nearest).
 
     Returns:
-        format, method, group_size, kv_cache (None, "dynamic" or "static"), bytes before and after, `layers`: a
-        `LayerError` of each as a dictionary, and `left`: a `Left` of each weight that stays float, likewise.
+        format, method, asymmetric, group_size, kv_cache (None, "dynamic" or "static"), bytes before and after, and as
+        dictionaries `layers`: a `LayerError` of each, `left`: a `Left` of each weight that stays float.
 
     Raises:
         UnknownNameError: no such format or method.
@@ -76,6 +79,8 @@ def quantize(
     form = FORMATS[name]
     if form.activations and group_size is not None:
         raise InvalidValueError("group_size", group_size, f"none: {name} has a scale per output")
+    if asymmetric and (form.activations or method != "nearest"):
+        raise InvalidValueError("asymmetric", True, "False: zero points are for w4a16 and w8a16, rounded to nearest")
     if method not in METHODS:
         raise UnknownNameError("quantisation method", method, METHODS)
     if method == "gptq" and calibration is None:
@@ -90,7 +95,7 @@ def quantize(
     linears = found.linears
     _fill_words(name, linears)
     size = _group_size(form, group_size, linears)
-    config["quantization_config"] = scheme(form, size, found.ignore)
+    config["quantization_config"] = scheme(form, size, found.ignore, asymmetric)
     with _aside(out) as aside:
         new = Path(aside) / "checkpoint"
         new.mkdir()
@@ -102,7 +107,7 @@ def quantize(
             solved = gptq.solve(model, Path(aside), integers, linears, texts, ready, llmcompressor)
             writer = Writer(form, lambda name, weight: solved.codes(name, weight.shape), found, lambda name: None)
         else:
-            writer = Writer(form, lambda name, weight: to_nearest(weight, form.bits, size), found, ready)
+            writer = Writer(form, lambda name, weight: _nearest(weight, form.bits, size, asymmetric), found, ready)
         scales = kv_cache.calibrate(model, calibration) if cache and calibration is not None else {}
         for shard in shards:
             target = WHOLE if len(shards) == 1 else shard.name  # readers look for one file under this name only
@@ -123,6 +128,7 @@ def quantize(
     return {
         "format": name,
         "method": method,
+        "asymmetric": asymmetric,
         "group_size": size,
         "kv_cache": ("static" if calibration is not None else "dynamic") if cache else None,
         "bytes_before": sum(shard.stat().st_size for shard in shards),
@@ -130,6 +136,10 @@ def quantize(
         "layers": [asdict(error) for error in writer.errors],
         "left": [asdict(weight) for weight in found.left],
     }
+
+
+def _nearest(weight, bits: int, size: int | None, asymmetric: bool):
+    return to_nearest_with_zeros(weight, bits, size) if asymmetric else (*to_nearest(weight, bits, size), None)
 
 
 @contextlib.contextmanager
@@ -181,9 +191,9 @@ def _group_size(form: Format, asked: int | None, linears: dict[str, tuple[int, i
     )
 
 
-def scheme(form: Format, size: int | None, ignore: list[str]) -> dict[str, Any]:
+def scheme(form: Format, size: int | None, ignore: list[str], asymmetric: bool = False) -> dict[str, Any]:
     """`quantization_config` of compressed-tensors; `ignore`: names or patterns of what stays float."""
-    weights = {"num_bits": form.bits, "type": "int", "symmetric": True, "dynamic": False}
+    weights = {"num_bits": form.bits, "type": "int", "symmetric": not asymmetric, "dynamic": False}
     weights |= {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations if form.activations else None}

@@ -14,8 +14,8 @@ from gcu_compile.quantize.rounding import Format
 from gcu_compile.quantize.source import Layers
 from gcu_compile.quantize.stored import PACKED, dequantised
 
-# A weight's name and the weight [N, K] -> its codes [N, K] and scales [N, G].
-Codes = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# A weight's name and the weight [N, K] -> its codes [N, K], scales [N, G], and zeros [N, G] or None.
+Codes = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass
@@ -72,16 +72,26 @@ class Writer:
         whole = weight.to(torch.float32)
         if not bool(torch.isfinite(whole).all()):
             raise CheckpointError(f"{name}: the weight holds NaN or infinity")
-        codes, scales = self._codes(name, weight)
-        difference = dequantised(codes, scales) - whole
+        codes, scales, zeros = self._codes(name, weight)
+        difference = dequantised(codes, scales, zeros) - whole
         norm = whole.norm().item()
         base = name.removesuffix(".weight")
         relative = difference.norm().item() / norm if norm else 0.0
         self.errors.append(LayerError(base, relative, difference.abs().max().item()))
         if self._form.activations:
             return {f"{base}.weight": codes.to(torch.int8), f"{base}.weight_scale": scales}
-        return {
-            f"{base}.weight_packed": layouts.pack_blocks(codes, layouts.get(PACKED[self._form.bits])),
+        layout = layouts.get(PACKED[self._form.bits])
+        tensors = {
+            f"{base}.weight_packed": layouts.pack_blocks(codes, layout),
             f"{base}.weight_scale": scales,
             f"{base}.weight_shape": torch.tensor([n, k]),
         }
+        if zeros is not None:  # words along the outputs
+            if n % layout.per_word:
+                raise CheckpointError(
+                    f"{base} has {n} outputs, and words of 32 bits hold {layout.per_word} of their zeros: leave out "
+                    "--asymmetric"
+                )
+            packed = layouts.pack(zeros.T.long() + layout.midpoint, layout)
+            tensors[f"{base}.weight_zero_point"] = packed.T.contiguous()
+        return tensors

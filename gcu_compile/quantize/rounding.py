@@ -50,3 +50,28 @@ def to_nearest(weight: torch.Tensor, bits: int, size: int | None) -> tuple[torch
     divisor = torch.where(scales == 0, 1, scales).to(torch.float32).unsqueeze(-1)
     codes = torch.round(groups / divisor).clamp(-half, half - 1)
     return codes.view(n, k).to(torch.int16), scales
+
+
+def to_nearest_with_zeros(
+    weight: torch.Tensor, bits: int, size: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of a weight whose groups need not be centred on 0.
+
+    Their range reaches from the smallest weight of the group (or 0) to the largest (or 0).
+
+    Args:
+        weight, bits, size: as for `to_nearest`.
+
+    Returns:
+        codes [N, K] and zeros [N, K / size], int16 in -2**(bits - 1) .. 2**(bits - 1) - 1, and scales [N, K / size] in
+        the weight's dtype. weight is about (codes - zeros) * scales.
+    """
+    n, k = weight.shape
+    half = 1 << (bits - 1)
+    groups = weight.to(torch.float32).view(n, -1, size or k)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / (2 * half - 1)).to(weight.dtype)
+    divisor = torch.where(scales == 0, 1, scales).to(torch.float32)
+    zeros = (torch.round(-low / divisor) - half).clamp(-half, half - 1)
+    codes = (torch.round(groups / divisor.unsqueeze(-1)) + zeros.unsqueeze(-1)).clamp(-half, half - 1)
+    return codes.view(n, k).to(torch.int16), scales, zeros.to(torch.int16)

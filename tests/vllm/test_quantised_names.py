@@ -47,6 +47,14 @@ def expected(folder, name):
         return form, logprobs(load(folder), prompts())
 
 
+def stored_numbers(folder):
+    """transformers' model of a quantised checkpoint, its weights as numbers."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    settings = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_names_and_checkpoints(name, tmp_path):
@@ -56,6 +64,8 @@ def test_names_and_checkpoints(name, tmp_path):
     written = tmp_path / "written"
     size = quantize(plain, written, name)["group_size"]
     quantize(plain, tmp_path / "cached", name, cache=True)
+    if name != "w8a8":
+        quantize(plain, tmp_path / "asymmetric", name, asymmetric=True)
     quantize(plain, tmp_path / "calibrated", name, cache=True, calibration=text)
     cases = {
         "rounded": {"model": plain, "quantization": name},
@@ -65,6 +75,8 @@ def test_names_and_checkpoints(name, tmp_path):
         "cached": {"model": tmp_path / "cached"},
         "calibrated": {"model": tmp_path / "calibrated"},
     }
+    if name != "w8a8":
+        cases["asymmetric"] = {"model": tmp_path / "asymmetric"}
     sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
     requests = [
         {"llm": {**SMALL, **case, "model": str(case["model"]), "enforce_eager": True}, "prompts": prompts()}
@@ -78,6 +90,9 @@ def test_names_and_checkpoints(name, tmp_path):
     check_logprobs(form, replies["rounded"]["logprobs"], by_layer, unquantised, "rounded")
     for case in ("written", "written, named"):
         check_logprobs(form, replies[case]["logprobs"], as_written, unquantised, case)
+    if name != "w8a8":
+        stored = logprobs(stored_numbers(tmp_path / "asymmetric"), prompts())
+        check_logprobs(form, replies["asymmetric"]["logprobs"], stored, unquantised, "asymmetric")
     assert {case for case in cases if replies[case]["kv_cache_dtype"].startswith("int8")} == {
         "rounded c8",
         "cached",
