@@ -7,16 +7,11 @@ import struct
 
 import torch
 
-from gcu_compile.kernels.dequant_gemm import check
+from gcu_compile.kernels.dequant_gemm import check, integers
 from gcu_compile.kernels.host import build, prepack
 from gcu_compile.kernels.host.dequant_gemm import between, once, rows_of, whole
 from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 from gcu_compile.kernels.host.known import Known, as_they_lie
-
-# Largest K whose sum of products fits in 32 bits: 255 * 128 each, and 255 * 255 where both sides have zeros.
-MOST_INPUTS = (2**31 - 1) // (255 * 128)
-MOST_INPUTS_WITH_ZEROS = (2**31 - 1) // (255 * 255)
-
 
 # `struct Arguments` of int8_gemm.cpp, field by field: pointers, sizes, dtypes.
 FIELDS = struct.Struct("8P4q4i")
@@ -48,10 +43,9 @@ def refuses(
         return f"x is {x.dtype}, not int8 or one of {', '.join(map(str, FLOATS))}"
     if out_dtype is not None and out_dtype not in FLOATS:
         return f"out_dtype is {out_dtype}, not one of {', '.join(map(str, FLOATS))}"
-    most = MOST_INPUTS if zeros is None else MOST_INPUTS_WITH_ZEROS
-    if x.shape[-1] > most:
-        return f"a sum over {x.shape[-1]} inputs may not fit in 32 bits; {most} do"
-    return _missing()
+    if reason := integers.fractional(x_zeros, zeros, look=True):
+        return reason
+    return integers.too_many(x.shape[-1], x_zeros is not None, zeros is not None) or _missing()
 
 
 def _column(tensor: torch.Tensor | None, size: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -128,7 +122,8 @@ def run(
     scales, zeros = _column(scales, n, torch.float32), _column(zeros, n, torch.int32)
     read = (weight.contiguous(), scales, zeros, whole(bias, (n,)))  # they live until the product is there
     layer = Layer(layout, n, k, *read)
-    if as_they_lie(given, read):
+    # What is known serves activations with zeros too, without another look at the inputs' number.
+    if as_they_lie(given, read) and not integers.too_many(k, True, zeros is not None):
         _layers.keep(layer, *given)
     rows, m, stride = rows_of(x, k)
     if out_dtype is None:

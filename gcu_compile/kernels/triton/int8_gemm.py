@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gcu_compile.kernels.dequant_gemm import eager, layouts
+from gcu_compile.kernels.dequant_gemm import eager, integers, layouts
 from gcu_compile.kernels.triton.configs import configs
 from gcu_compile.kernels.triton.dequant_gemm import FLOATS, refuses_layout, table
 from gcu_compile.kernels.triton.launch import launch, missing, power_of_two, target_of
-
-MOST_K = 1 << 16  # the sums of the zero points' terms fit int32 below it
 
 
 def refuses_quantize(x, group_size=0, symmetric=True) -> str | None:
@@ -61,10 +59,10 @@ def refuses(x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=Non
         return reason
     if layouts.get(layout).per_word != 1:
         return f"layout {layout} has several codes in a word; repack to int8_columns"
-    if zeros is not None and zeros.is_floating_point():
-        return "zero points are not whole numbers"
-    if x.shape[-1] >= MOST_K:
-        return f"{x.shape[-1]} inputs: sums may leave 32 bits"
+    if reason := integers.fractional(x_zeros, zeros, look=False):
+        return reason
+    if reason := integers.too_many(x.shape[-1], x_zeros is not None, zeros is not None):
+        return reason
     if max(x.numel(), weight.numel(), x.numel() // max(1, x.shape[-1]) * scales.shape[-1]) >= 2**31:
         return "offsets do not fit 32 bits"
     return missing()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.dequant_gemm import eager, layouts
+from gcu_compile.kernels.dequant_gemm import eager, integers, layouts
 from gcu_compile.kernels.host import int8_gemm as host
 
 SHARED = [HealthCheck.function_scoped_fixture]  # all examples of a test are for one `use_isa`
@@ -90,7 +90,7 @@ def test_sums_are_exact_on_every_instruction_set(isa, m, n, k, use_isa):
 @pytest.mark.parametrize("m", [1, 20])
 def test_extreme_codes_sum_exactly(isa, m, use_isa):
     use_isa(isa)
-    k = host.MOST_INPUTS
+    k = integers.MOST_INPUTS
     ones = {"scales": torch.ones(1, 1), "x_scales": torch.ones(1, 1), "layout": "host_int8"}
     weight = layouts.pack(torch.full((1, k), -128), layouts.get("host_int8"))
     x, ones["x_scales"] = torch.full((m, k), -128, dtype=torch.int8), torch.ones(m, 1)
@@ -98,6 +98,64 @@ def test_extreme_codes_sum_exactly(isa, m, use_isa):
     zeros = torch.full((m, 1), 127)
     assert host.run(x, weight, **ones, x_zeros=zeros).tolist() == [[pytest.approx(k * 255 * 128, rel=1e-7)]] * m
     assert "may not fit in 32 bits" in host.refuses(torch.ones(1, k + 1).to(torch.int8), weight, **ones)
+
+
+def at_the_edge(k):
+    """The largest products, 255 * 255, of `k` inputs: every code far from its zero."""
+    return {
+        "x": torch.full((3, k), 127, dtype=torch.int8),
+        "weight": layouts.pack(torch.full((1, k), 127), layouts.get("host_int8")),
+        "scales": torch.ones(1, 1),
+        "x_scales": torch.ones(3, 1),
+        "x_zeros": torch.full((3, 1), -128, dtype=torch.int32),
+        "zeros": torch.full((1, 1), -128, dtype=torch.int32),
+        "layout": "host_int8",
+    }
+
+
+@pytest.mark.parametrize("isa", BEST)
+def test_zeros_on_both_sides_sum_exactly_or_not_at_all(isa, use_isa):
+    use_isa(isa)
+    a = at_the_edge(integers.MOST_INPUTS_WITH_ZEROS)
+    assert host.refuses(**a) is None
+    assert torch.equal(host.run(**a), eager.int8_gemm(**a))
+    assert (eager.int8_gemm(**a) > 2**31 - 2 * 255**2).all()
+    a = at_the_edge(integers.MOST_INPUTS_WITH_ZEROS + 1)
+    assert "33026 inputs may not fit in 32 bits; 33025 do" in host.refuses(**a)
+    assert host.refuses(**{**a, "x_zeros": None}) is None and host.refuses(**{**a, "zeros": None}) is None
+
+
+def test_a_known_layer_is_not_lent_to_zeros_that_it_may_overflow_with():
+    a = at_the_edge(integers.MOST_INPUTS_WITH_ZEROS + 1)
+    for one in ({**a, "x_zeros": None}, a):  # the first is within the limit, and would make the layer known
+        assert torch.equal(torch.ops.gcu.int8_gemm.default(**one), eager.int8_gemm(**one))
+
+
+@pytest.mark.parametrize("name", ["zeros", "x_zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_points_between_two_codes_keep_their_fraction(name, dtype):
+    a = arguments(5, zeros=True, x_zeros=True)
+    before = eager.int8_gemm(**a)
+    a[name] = a[name].to(dtype)
+    assert host.refuses(**a) is None  # floats that are whole
+    assert torch.equal(host.run(**a), before)
+    a[name][0] += 0.5
+    assert host.refuses(**a) == f"{name} are zero points that are not whole numbers"
+    y, meant = torch.ops.gcu.int8_gemm.default(**a), eager.int8_gemm(**a)
+    assert torch.equal(y, meant) and not torch.equal(meant, before)
+    for value in (1e10, torch.nan):
+        a[name][0] = value
+        assert "not whole" in host.refuses(**a)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_quantised_per_token_takes_the_short_way(symmetric):
+    a = arguments(5, zeros=True)
+    for _ in range(2):
+        a["x"], a["x_scales"], a["x_zeros"] = torch.ops.gcu.quantize_per_token(torch.randn(5, 64), 0, symmetric)
+        assert host.refuses(**a) is None
+        torch.ops.gcu.int8_gemm.default(**a)
+        assert host.direct(**a) is not None
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -5,7 +5,7 @@ import torch
 
 from gcu_compile.errors import InvalidInputError
 from gcu_compile.kernels import registry
-from gcu_compile.kernels.dequant_gemm import eager, layouts
+from gcu_compile.kernels.dequant_gemm import eager, integers, layouts
 from gcu_compile.kernels.tolerance import tolerance
 from gcu_compile.kernels.triton import dequant_gemm, int8_gemm
 
@@ -146,7 +146,24 @@ def test_refusals_name_the_remedy():
     assert "inputs innermost" in dequant_gemm.refuses(x, x, scales, layout="int8_rows")
     assert "share words" in dequant_gemm.refuses(x, x, torch.ones(16, 64), layout="gptq_int4")
     assert "several codes" in int8_gemm.refuses(x, x, scales, layout="gptq_int8")
-    assert "not whole numbers" in int8_gemm.refuses(x, x, scales, zeros=scales, layout="int8_columns")
+    ones = torch.ones(1, 1)
+    for name in ("zeros", "x_zeros"):
+        reason = int8_gemm.refuses(x, x, scales, ones, **{name: ones}, layout="int8_columns")
+        assert f"{name} are torch.float32: zero points that may not be whole" in reason
+
+
+@pytest.mark.parametrize(("k", "fits"), [(integers.MOST_INPUTS_WITH_ZEROS, True), (40000, False)])
+def test_zeros_on_both_sides_sum_exactly_or_not_at_all(k, fits):
+    """Products of 255 * 255, the largest: 33025 of them fit in 32 bits."""
+    x, weight = torch.full((2, k), 127, dtype=torch.int8), torch.full((k, 1), 127, dtype=torch.int8)
+    zero, ones = torch.full((1, 1), -128, dtype=torch.int32), torch.ones(2, 1)
+    arguments, options = (x, weight, ones[:1], ones, zero.expand(2, 1), zero), {"layout": "int8_columns"}
+    if fits:
+        assert int8_gemm.refuses(*arguments, **options) is None
+        assert torch.equal(int8_gemm.run(*arguments, **options), eager.int8_gemm(*arguments, **options))
+    else:
+        assert "40000 inputs may not fit in 32 bits; 33025 do" in int8_gemm.refuses(*arguments, **options)
+        assert int8_gemm.refuses(*arguments[:4], None, zero, **options) is None
 
 
 def test_every_layout_for_the_cards_loads_as_it_lies():
