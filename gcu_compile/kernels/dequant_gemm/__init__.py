@@ -129,7 +129,7 @@ INT8_GEMM_GROUPED = registry.register(
     registry.FusedOp(
         "int8_gemm_grouped",
         "(Tensor x, Tensor offsets, Tensor weight, Tensor scales, Tensor? x_scales=None, Tensor? bias=None, *, "
-        "str layout, ScalarType? out_dtype=None) -> Tensor",
+        "str layout, ScalarType? out_dtype=None, Tensor? x_zeros=None, Tensor? zeros=None) -> Tensor",
         eager=_int8_gemm_grouped,
         fake=_grouped_fake,
         accumulation=lambda *args, **kwargs: 1,

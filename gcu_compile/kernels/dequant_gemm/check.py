@@ -74,8 +74,9 @@ def int8_gemm(
         raise InvalidInputError(f"gcu::{op}: scales are {list(scales.shape)}, expected [1, N]")
     n, k = scales.shape[-1], x.shape[-1]
     weight_of(op, weight, layout, n, k, experts)
-    rows = (*x.shape[:-1], 1)
-    _shapes(op, {"x_scales": (x_scales, rows), "x_zeros": (x_zeros, rows)})
+    for name, of_x in (("x_scales", x_scales), ("x_zeros", x_zeros)):
+        of_experts = bool(experts) and of_x is not None and of_x.dim() == 3
+        _shapes(op, {name: (of_x, (*experts, 1, 1) if of_experts else (*x.shape[:-1], 1))})
     _shapes(op, {"zeros": (zeros, (*experts, 1, n)), "bias": (bias, (*experts, n))})
 
 
@@ -105,7 +106,8 @@ def grouped(one, op: str, x, offsets_, weight, scales, *args, **kwargs) -> None:
 
 def int8_grouped(x, offsets_, weight, scales, x_scales=None, bias=None, **kwargs) -> None:
     """The checks of `int8_gemm_grouped`."""
-    grouped(int8_gemm, "int8_gemm_grouped", x, offsets_, weight, scales, x_scales=x_scales, bias=bias, **kwargs)
+    kwargs |= {"x_scales": x_scales, "bias": bias}
+    grouped(int8_gemm, "int8_gemm_grouped", x, offsets_, weight, scales, **kwargs)
 
 
 def quantize(x: torch.Tensor, group_size: int) -> None:

@@ -130,7 +130,7 @@ def int8_gemm(
         weight: codes [N, K] stored as `layout` says, 8 bits.
         scales: [1, N], floating point; a per-tensor scale is one value expanded.
         x_scales: [..., 1] per token, or [1] for the tensor.
-        x_zeros: integers, of the shape of x_scales; None: 0.
+        x_zeros: integers in the codes' range, of the shape of x_scales; None: 0.
         zeros: [1, N] integers in the codes' range; None: the layout's midpoint.
         bias: [N].
         out_dtype: of the result; None: the dtype of a floating-point x, float32 for int8 codes.
@@ -184,18 +184,25 @@ def dequant_gemm_grouped(x, offsets, weight, scales, zeros=None, g_idx=None, bia
     return grouped(lambda rows, **one: dequant_gemm(rows, **one, layout=layout), x, offsets, per_expert)
 
 
-def int8_gemm_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None):
-    """`int8_gemm` of a mixture of experts; `x_scales` ([T, 1] or None: dynamic) belong to the rows.
+def int8_gemm_grouped(
+    x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None, x_zeros=None, zeros=None
+):
+    """`int8_gemm` of a mixture of experts.
 
     Args:
         x: [T, K], int8 codes or floating point.
-        offsets, weight, scales, bias: as in `dequant_gemm_grouped`.
+        offsets: as in `dequant_gemm_grouped`.
+        weight, scales, zeros, bias: those of `int8_gemm`, with a leading dimension E.
+        x_scales, x_zeros: those of `int8_gemm`: [T, 1] of the rows, or [1] of them all; or [E, 1, 1], an expert's own.
 
     Returns:
         [T, N] of `out_dtype`; rows outside all experts are zero.
     """
+    of_x = {"x_scales": x_scales, "x_zeros": x_zeros}
+    of_rows = {name: value for name, value in of_x.items() if value is None or value.dim() < 3}
+    of_experts = {name: value for name, value in of_x.items() if name not in of_rows}
 
     def one(rows, **arguments):
-        return int8_gemm(rows, x_scales=x_scales, layout=layout, out_dtype=out_dtype, **arguments)
+        return int8_gemm(rows, **of_rows, layout=layout, out_dtype=out_dtype, **arguments)
 
-    return grouped(one, x, offsets, {"weight": weight, "scales": scales, "bias": bias})
+    return grouped(one, x, offsets, {"weight": weight, "scales": scales, "zeros": zeros, "bias": bias, **of_experts})

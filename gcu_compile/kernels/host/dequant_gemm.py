@@ -74,12 +74,12 @@ class Layer:
             build.load("dequant_gemm").gcu_dequant_gemm(fields)
         return y
 
-    def multiply_grouped(self, x, offsets, experts: int, scales=None, dtype=None) -> torch.Tensor:
+    def multiply_grouped(self, x, offsets, experts: int, scales=None, dtype=None, zeros=None) -> torch.Tensor:
         """[rows, n] of contiguous x [rows, k]: expert e takes the rows from offsets[e] to offsets[e + 1], and every row
         has one. The layer is that of all experts.
 
         Args:
-            scales, dtype: of integers, which these are not.
+            scales, dtype, zeros: of integers, which these are not.
         """
         y = torch.empty((x.shape[0], self.n), dtype=x.dtype)
         sizes = (x.shape[0], self.k, self.n, self.groups, self.k)

@@ -25,16 +25,18 @@ std::unique_ptr<Job> product(const Arguments& in) {
   return std::make_unique<VectorProduct>(in);
 }
 
-// What expert e multiplies.
+// What expert e multiplies. Its activations have a scale (and a zero) a row, or one that is the expert's.
 Arguments of_expert(Arguments one, int64_t e, int64_t first, int64_t rows) {
   one.m = rows;
   advance(one.x, first * one.x_stride, one.x_dtype);
   advance(one.y, first * one.n, one.y_dtype);
-  advance(one.x_scales, first, F32);
+  advance(one.x_scales, one.scale_step ? first : e, F32);
+  advance(one.x_zeros, one.zero_step ? first : e, I32);
   advance(one.weight, e * ((one.n + TILE - 1) / TILE * TILE) * ((one.k + 3) / 4), I32);
   advance(one.scales, e * one.n, F32);
+  advance(one.zeros, e * one.n, I32);
   advance(one.bias, e * one.n, one.bias_dtype);
-  return one;  // grouped products have no zeros
+  return one;
 }
 
 }  // namespace

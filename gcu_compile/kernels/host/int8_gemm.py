@@ -14,9 +14,10 @@ from gcu_compile.kernels.host.dtypes import DTYPES, FLOATS, NONE
 from gcu_compile.kernels.host.known import Known, as_they_lie
 
 # `struct Arguments` of int8_gemm.cpp, field by field: pointers, sizes, dtypes.
-FIELDS = struct.Struct("8P4q4i")
+FIELDS = struct.Struct("8P4q6i")
 # `struct Grouped` of gemm/jobs.h: those, the offsets, the number of experts.
-GROUPED = struct.Struct("8P4q4iPq")
+GROUPED = struct.Struct("8P4q6iPq")
+A_ROW, OF_ALL = 1, 0  # how x_scales and x_zeros go on from row to row
 
 
 class Quantize(ctypes.Structure):
@@ -90,17 +91,24 @@ class Layer:
                 DTYPES[out_dtype],
                 self.bias_dtype,
                 torch.get_num_threads(),
+                A_ROW,
+                A_ROW,
             )
             build.load("int8_gemm").gcu_int8_gemm(fields)
         return y
 
-    def multiply_grouped(self, x, offsets, experts: int, scales: torch.Tensor | None, dtype) -> torch.Tensor:
-        """[rows, n] in `dtype` of contiguous x [rows, k], int8 with its scales [rows, 1] or floating point: expert e
-        takes the rows from offsets[e] to offsets[e + 1], and every row has one. The layer is that of all experts."""
+    def multiply_grouped(self, x, offsets, experts: int, scales, dtype, zeros=None) -> torch.Tensor:
+        """[rows, n] in `dtype` of x [rows, k], whose rows lie as far apart as its stride says: expert e takes the rows
+        from offsets[e] to offsets[e + 1], other rows are not written. The layer is that of all experts.
+
+        x is int8 with its scales (and zeros), or floating point as in `multiply`. Those of rows are [rows, 1], those
+        of experts [experts, 1, 1]; contiguous float32 and int32.
+        """
         y, (m, k) = torch.empty((x.shape[0], self.n), dtype=dtype), x.shape
-        pointers = (x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0, *self.pointers, y.data_ptr())
-        numbers = (m, k, self.n, k, DTYPES[x.dtype], DTYPES[dtype], self.bias_dtype, torch.get_num_threads())
-        fields = GROUPED.pack(*pointers, *numbers, offsets.data_ptr(), experts)
+        of_x = (0 if tensor is None else tensor.data_ptr() for tensor in (x, scales, zeros))
+        steps = (OF_ALL if tensor is not None and tensor.dim() == 3 else A_ROW for tensor in (scales, zeros))
+        numbers = (m, k, self.n, x.stride(0), DTYPES[x.dtype], DTYPES[dtype], self.bias_dtype, torch.get_num_threads())
+        fields = GROUPED.pack(*of_x, *self.pointers, y.data_ptr(), *numbers, *steps, offsets.data_ptr(), experts)
         build.load("int8_gemm").gcu_int8_gemm_grouped(fields)
         return y
 
@@ -164,49 +172,38 @@ def _is_column(tensor: torch.Tensor, m: int, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.shape == (m, 1) and tensor.is_contiguous() and tensor.is_cpu
 
 
-def _fields(x, x_scales, x_zeros, weight, scales, zeros, bias, y) -> tuple[int, ...]:
-    tensors = (x, x_scales, x_zeros, weight, scales, zeros, bias, y)
-    return (
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        *(x.shape[0], x.shape[1], y.shape[1], x.stride(0)),
-        *(DTYPES[x.dtype], DTYPES[y.dtype], NONE if bias is None else DTYPES[bias.dtype]),
-        torch.get_num_threads(),
-    )
-
-
-def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None) -> torch.Tensor:
+def run_grouped(
+    x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None, x_zeros=None, zeros=None
+) -> torch.Tensor:
     """`gcu::int8_gemm_grouped`: the experts that have rows, in one team of threads."""
-    check.int8_grouped(x, offsets, weight, scales, x_scales, bias, layout=layout, out_dtype=out_dtype)
-    (count, _, n), m = scales.shape, x.shape[0]
-    given = (weight, scales, None, bias)
+    of_x = {"x_scales": x_scales, "x_zeros": x_zeros}
+    check.int8_grouped(x, offsets, weight, scales, bias=bias, zeros=zeros, layout=layout, out_dtype=out_dtype, **of_x)
+    (count, _, n), given = scales.shape, (weight, scales, zeros, bias)
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
     x, offsets = x if x.stride(-1) == 1 else x.contiguous(), offsets.to(torch.int64).contiguous()
-    y = between(offsets, torch.empty(m, n, dtype=out_dtype))
-    bias = whole(bias, (count, n))
-    # Converted tensors must live until the call is over.
-    held = (
-        x,
-        _column(x_scales, m, torch.float32),
-        None,
-        weight.contiguous(),
-        _column(scales, count * n, torch.float32),
-        None,
-        bias,
-        y,
-    )
-    fields = GROUPED.pack(*_fields(*held), offsets.data_ptr(), count)
-    build.load("int8_gemm").gcu_int8_gemm_grouped(fields)
-    read = (held[3], held[4], None, bias)
-    if as_they_lie(given, read):
-        experts.keep(Layer(layout, n, x.shape[1], *read), *given)
-    return y
+    columns = _column(scales, count * n, torch.float32), _column(zeros, count * n, torch.int32)
+    read = (weight.contiguous(), *columns, whole(bias, (count, n)))  # they live until the product is there
+    layer = Layer(layout, n, x.shape[1], *read)
+    if as_they_lie(given, read) and not integers.too_many(x.shape[1], True, zeros is not None):
+        experts.keep(layer, *given)
+    of_rows = _of_rows(x_scales, x.shape[0], count, torch.float32), _of_rows(x_zeros, x.shape[0], count, torch.int32)
+    return between(offsets, layer.multiply_grouped(x, offsets, count, of_rows[0], out_dtype, of_rows[1]))
 
 
-def refuses_grouped(x, offsets, weight, scales, *args, layout: str, out_dtype=None) -> str | None:
+def _of_rows(tensor: torch.Tensor | None, rows: int, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[rows, 1] of what belongs to rows, or [count, 1, 1] of what belongs to experts, as the kernel reads it."""
+    if tensor is not None and tensor.dim() == 3:
+        return _column(tensor, count, dtype).view(count, 1, 1)
+    return _column(tensor, rows, dtype)
+
+
+def refuses_grouped(
+    x, offsets, weight, scales, x_scales=None, bias=None, *, layout: str, out_dtype=None, x_zeros=None, zeros=None
+) -> str | None:
     """Why the C++ kernel cannot take these arguments, or None."""
     if layout not in prepack.NATIVE.values():
         return f"experts in layout {layout}, not {prepack.NATIVE[8]}"
-    return refuses(x, weight, scales, layout=layout, out_dtype=out_dtype)
+    return refuses(x, weight, scales, x_zeros=x_zeros, zeros=zeros, layout=layout, out_dtype=out_dtype)
 
 
 def refuses_quantize(x, group_size: int = 0, symmetric: bool = True) -> str | None:

@@ -68,9 +68,11 @@ def refuses(x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=Non
     return missing()
 
 
-def refuses_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None) -> str | None:
+def refuses_grouped(
+    x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None, x_zeros=None, zeros=None
+) -> str | None:
     """Why the Triton kernel cannot take these arguments, or None."""
-    return refuses(x, weight, scales, x_scales, layout=layout)
+    return refuses(x, weight, scales, x_scales, x_zeros, zeros, layout=layout)
 
 
 def run(x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *, layout, out_dtype=None):
@@ -86,10 +88,22 @@ def run(x, weight, scales, x_scales=None, x_zeros=None, zeros=None, bias=None, *
     return y.view(*x.shape[:-1], scales.shape[-1])
 
 
-def run_grouped(x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None) -> torch.Tensor:
+def run_grouped(
+    x, offsets, weight, scales, x_scales=None, bias=None, *, layout, out_dtype=None, x_zeros=None, zeros=None
+) -> torch.Tensor:
     """`gcu::int8_gemm_grouped`; see `dequant_gemm/eager.py`."""
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
-    return _multiply(x, offsets.to(torch.int32), weight, scales, x_scales, None, None, bias, layout, out_dtype)
+    of_x = (_by_row(values, offsets, x.shape[0]) for values in (x_scales, x_zeros))
+    return _multiply(x, offsets.to(torch.int32), weight, scales, *of_x, zeros, bias, layout, out_dtype)
+
+
+def _by_row(values: torch.Tensor | None, offsets: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """[rows, 1] of what belongs to rows, or of [E, 1, 1] that belong to experts; any, in rows outside of these."""
+    if values is None or values.dim() < 3:
+        return None if values is None else values.expand(rows, 1)
+    row = torch.arange(rows, device=values.device)
+    expert = torch.searchsorted(offsets[1:].to(row.dtype), row, right=True).clamp(max=values.shape[0] - 1)
+    return values.reshape(-1).index_select(0, expert).unsqueeze(1)
 
 
 def _multiply(x, offsets, weight, scales, x_scales, x_zeros, zeros, bias, layout, out_dtype) -> torch.Tensor:

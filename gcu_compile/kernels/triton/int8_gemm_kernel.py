@@ -106,7 +106,7 @@ def for_cuda(constexprs):
 
 
 def _specimens():
-    """A linear of 4096 x 4096: prefill with zero points, decode, experts."""
+    """A linear of 4096 x 4096: prefill with zero points, decode, experts without and with zero points."""
     names = int8_gemm_kernel.arg_names
     signature = {
         "out_ptr": "*bf16",
@@ -123,6 +123,7 @@ def _specimens():
         ("zero points", zeros, {"UNSIGNED": True}, (256,)),
         ("decode", {}, {"BLOCK_M": 32}, (32,)),
         ("experts", {"offsets_ptr": "*i32"}, {"BLOCK_M": 32, "EXPERTS": 64}, (2560,)),
+        ("experts, zero points", zeros | {"offsets_ptr": "*i32"}, {"BLOCK_M": 32, "EXPERTS": 64}, (2560,)),
     ):
         kinds = signature | given
         absent = {name: None for name in names if name not in kinds and name not in shape}

@@ -216,3 +216,96 @@ def test_experts_are_products_of_their_own(isa, codes, use_isa):
                 y[first:last], host.run(x[first:last], weight[e], scales[e], mine, bias=bias[e], **more)
             )
     assert not y[: cuts[0]].any() and not y[cuts[-1] :].any()
+
+
+def experts_of(cuts, n=70, k=64, dtype=torch.int8, of_x="rows", zeros=True, x_zeros=True, per_tensor=False, seed=0):
+    """(x, offsets) and the rest of `int8_gemm_grouped`, of products of their own."""
+    m, count, g = cuts[-1] + 2, len(cuts) - 1, generator(seed)
+    each = [arguments(1, n, k, zeros=zeros, bias=True, seed=seed + i) for i in range(count)]
+    stacked = {name: torch.stack([one[name] for one in each]) for name in ("weight", "scales", "bias")}
+    if per_tensor:
+        stacked["scales"] = stacked["scales"][:, :, :1].expand(count, 1, n)
+    rows = arguments(m, n, k, dtype, of_x != "dynamic", False, x_zeros, seed=seed)
+    if of_x == "experts":
+        stacked["x_scales"] = torch.rand(count, 1, 1, generator=g) / 20 + 0.01
+        values = torch.randint(-128, 128, (count, 1, 1), generator=g, dtype=torch.int32)
+        stacked["x_zeros"] = values if x_zeros else None
+    elif of_x == "all":
+        stacked["x_scales"], stacked["x_zeros"] = torch.full((1,), 0.03), torch.full((1,), -7) if x_zeros else None
+    else:
+        stacked["x_scales"], stacked["x_zeros"] = rows["x_scales"], rows["x_zeros"]
+    stacked["zeros"] = torch.stack([one["zeros"] for one in each]) if zeros else None
+    return (rows["x"], torch.tensor(cuts)), stacked | {"layout": "host_int8"}
+
+
+def check_experts(given, a):
+    assert host.refuses_grouped(*given, **a) is None
+    y, meant = host.run_grouped(*given, **a), eager.int8_gemm_grouped(*given, **a)
+    assert y.dtype == meant.dtype
+    assert_close(y, meant.double(), 1)
+    first, last = given[1][0], given[1][-1]
+    assert not y[:first].any() and not y[last:].any()
+
+
+mixtures = st.builds(
+    experts_of,
+    st.lists(st.integers(0, 40), min_size=2, max_size=6).map(sorted),
+    st.sampled_from([1, 63, 64, 130]),
+    st.sampled_from([1, 3, 64, 130, 2100]),
+    st.sampled_from([torch.int8, *FLOATS]),
+    st.sampled_from(["rows", "experts", "all", "dynamic"]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 999),
+)
+
+
+@pytest.mark.parametrize("isa", BEST)
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=SHARED)
+@given(mixtures)
+def test_experts_on_odd_shapes(isa, use_isa, mixture):
+    use_isa(isa)
+    check_experts(*mixture)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(mixtures)
+def test_long_sweep_of_experts(mixture):
+    check_experts(*mixture)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("of_x", ["rows", "experts", "all", "dynamic"])
+def test_experts_on_every_instruction_set(isa, of_x, use_isa):
+    """Few and many rows, an expert without, rows without an expert; zeros on both sides."""
+    use_isa(isa)
+    for dtype in (torch.int8, torch.bfloat16):
+        check_experts(*experts_of((1, 3, 3, 8, 214), 130, 90, dtype, of_x))
+    check_experts(*experts_of((0, 2, 35), 400, 2100, torch.bfloat16, of_x))
+
+
+@pytest.mark.parametrize("isa", BEST)
+@pytest.mark.parametrize("of_x", ["rows", "experts"])
+def test_experts_with_zeros_are_products_of_their_own(isa, of_x, use_isa):
+    use_isa(isa)
+    cuts = (2, 3, 3, 12, 215, 240)
+    (x, offsets), a = experts_of(cuts, dtype=torch.bfloat16, of_x=of_x)
+    y, names = host.run_grouped(x, offsets, **a), ("weight", "scales", "zeros", "bias")
+    for e, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        own = {name: a[name][e] for name in names}
+        of_rows = slice(first, last) if of_x == "rows" else e
+        own |= {name: a[name][of_rows] for name in ("x_scales", "x_zeros")}
+        assert torch.equal(y[first:last], host.run(x[first:last], **own, layout="host_int8"))
+
+
+def test_experts_beyond_32_bits_or_between_codes_go_to_the_meaning():
+    (x, offsets), a = experts_of((0, 2, 5))
+    for name in ("zeros", "x_zeros"):
+        assert "not whole" in host.refuses_grouped(x, offsets, **{**a, name: a[name] + 0.5})
+    k = integers.MOST_INPUTS_WITH_ZEROS + 1
+    (x, offsets), a = experts_of((0, 1), 1, k)
+    assert "33025 do" in host.refuses_grouped(x, offsets, **a)
+    host.run_grouped(x, offsets, **{**a, "x_zeros": None})
+    assert host.experts.find(a["weight"], a["scales"], a["zeros"], a["bias"]) is None

@@ -106,6 +106,73 @@ def test_grouped_int8():
         assert torch.equal(y[rows], torch.ops.gcu.int8_gemm(a["x"][rows], x_scales=a["x_scales"][rows], **one))
 
 
+def experts_of(rows, experts=4, n=12, k=33, of_experts=False, zeros=True, x_zeros=True, bias=True, seed=0):
+    """Arguments of `gcu::int8_gemm_grouped` but x and offsets; scales and zeros of x are the experts' or the rows'."""
+    g, of_x = generator(seed), (experts, 1, 1) if of_experts else (rows, 1)
+    whole = {"dtype": torch.int32, "generator": g}
+    return {
+        "weight": torch.randint(-128, 128, (experts, n, k), generator=g, dtype=torch.int8),
+        "scales": torch.rand(experts, 1, n, generator=g) / k,
+        "zeros": torch.randint(-128, 128, (experts, 1, n), **whole) if zeros else None,
+        "bias": torch.randn(experts, n, generator=g) if bias else None,
+        "x_scales": torch.rand(of_x, generator=g) / 20 + 0.01,
+        "x_zeros": torch.randint(-128, 128, of_x, **whole) if x_zeros else None,
+        "layout": "int8_rows",
+    }
+
+
+def in_integers(x, offsets, weight, scales, zeros, bias, x_scales, x_zeros, layout):
+    """float64, row by row: the sum of whole numbers, then scales and bias."""
+    y = torch.zeros(len(x), scales.shape[-1], dtype=torch.float64)
+    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for row in range(first, last):
+            own = expert if x_scales.dim() == 3 else row
+            x_zero = 0 if x_zeros is None else int(x_zeros[own])
+            codes = x[row].long() - x_zero
+            if x.is_floating_point():
+                codes = torch.round(x[row].float() / x_scales[own].flatten()).long()
+                codes = (codes + x_zero).clamp(-128, 127) - x_zero
+            right = weight[expert].long() - (0 if zeros is None else zeros[expert].long().T)
+            y[row] = (right @ codes).double() * x_scales[own].double() * scales[expert, 0].double()
+            y[row] += 0 if bias is None else bias[expert].double()
+    return y
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 9), min_size=2, max_size=6).map(sorted),
+    st.sampled_from([torch.int8, *FLOATS]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_grouped_int8_is_exact_in_integers(offsets, dtype, of_experts, zeros, x_zeros, bias, seed):
+    """With zero points of either side, scales of rows or of experts, experts without rows and rows without experts."""
+    a = experts_of(9, len(offsets) - 1, of_experts=of_experts, zeros=zeros, x_zeros=x_zeros, bias=bias, seed=seed)
+    g = generator(seed)
+    x = torch.randn(9, 33, generator=g).to(dtype)
+    if dtype == torch.int8:
+        x = torch.randint(-128, 128, (9, 33), generator=g, dtype=dtype)
+    y = torch.ops.gcu.int8_gemm_grouped(x, torch.tensor(offsets), **a, out_dtype=torch.float32)
+    assert_close(y, in_integers(x, offsets, **a), 1)
+    assert not y[: offsets[0]].any() and not y[offsets[-1] :].any()
+
+
+def test_bad_grouped_int8_arguments_are_named():
+    a, x, offsets = experts_of(5), torch.zeros(5, 33, dtype=torch.int8), torch.tensor([0, 1, 2, 3, 5])
+    for name, value, message in (
+        ("x_zeros", torch.zeros(4, 1), r"x_zeros is \[4, 1\], expected \[5, 1\]"),
+        ("x_scales", torch.ones(5, 1, 1), r"x_scales is \[5, 1, 1\], expected \[4, 1, 1\]"),
+        ("zeros", torch.zeros(1, 11), r"zeros is \[1, 11\], expected \[4, 1, 12\]"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"gcu::int8_gemm_grouped: {message}"):
+            torch.ops.gcu.int8_gemm_grouped(x, offsets, **{**a, name: value})
+    with pytest.raises(InvalidInputError, match="x_zeros need x_scales"):
+        torch.ops.gcu.int8_gemm_grouped(x.float(), offsets, **{**a, "x_scales": None})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -143,6 +210,18 @@ def test_bad_offsets_are_named():
 def test_groups_that_do_not_divide_activations():
     with pytest.raises(InvalidInputError, match="groups of 7 do not divide 32 inputs"):
         torch.ops.gcu.quantize_per_token(torch.ones(2, 32), 7)
+
+
+def test_a_compiled_grouped_product_is_the_operation():
+    """Tensors as keywords go through tracing and generated code."""
+    arguments, offsets = experts_of(5, of_experts=True), torch.tensor([0, 1, 1, 2, 4])
+
+    def fn(x, given):
+        return torch.ops.gcu.int8_gemm_grouped(x + 1, offsets, **given, layout="int8_rows") * 2
+
+    given = {name: value for name, value in arguments.items() if name != "layout"}
+    compiled, x = torch.compile(fn, backend="gcu", fullgraph=True), torch.randn(5, 33).bfloat16()
+    assert torch.equal(compiled(x, given), fn(x, given))
 
 
 def test_operations_are_traced_with_symbolic_rows():

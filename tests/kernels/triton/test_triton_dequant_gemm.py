@@ -87,6 +87,12 @@ INT8 = {
     "static": {"dtype": F32, "x_zeros": True},
     "experts, codes": {"experts": 4, "rows": 70, "bias": True},
     "experts, dynamic": {"experts": 3, "rows": 9, "dtype": BF16},
+    "experts, zero points on both sides": {"experts": 4, "rows": 70, "x_zeros": True, "zeros": True, "bias": True},
+    "experts, unsigned codes, zero points":
+        {"experts": 3, "rows": 9, "layout": "uint8_columns", "x_zeros": True, "zeros": True},
+    "experts, static": {"experts": 5, "rows": 40, "dtype": BF16, "x_zeros": True},
+    "experts, static, each its own": {"experts": 5, "rows": 40, "dtype": BF16, "x_zeros": True, "of_experts": True},
+    "experts, codes, each its own zero": {"experts": 3, "rows": 9, "x_zeros": True, "zeros": True, "of_experts": True},
     "one output, float16": {"rows": 300, "n": 1, "k": 1000, "out_dtype": F16},
 }
 
@@ -102,13 +108,15 @@ def test_int8_gemm_equals_its_meaning_bit_for_bit(name):
         x = torch.randint(-128, 128, (rows, k), generator=g).to(torch.int8)
     else:
         x = torch.randn(rows, k, generator=g).to(asked["dtype"])
-    x_scales = torch.rand(rows, 1, generator=g) * 0.1 + 0.01 if codes or "x_zeros" in asked else None
-    x_zeros = torch.randint(-50, 50, (rows, 1), generator=g) if "x_zeros" in asked else None
+    of_x = (experts, 1, 1) if "of_experts" in asked else (rows, 1)
+    x_scales = torch.rand(of_x, generator=g) * 0.1 + 0.01 if codes or "x_zeros" in asked else None
+    x_zeros = torch.randint(-50, 50, of_x, generator=g) if "x_zeros" in asked else None
     zeros = torch.randint(low, high + 1, (experts, 1, n), generator=g) if "zeros" in asked else None
     bias = torch.randn(experts, n, generator=g) if "bias" in asked else None
     options = {"layout": layout, "out_dtype": asked.get("out_dtype")}
     if asked["experts"]:
         arguments = (x, cuts(g, rows, experts), weight, scales, x_scales, bias)
+        options |= {"x_zeros": x_zeros, "zeros": zeros}
         assert int8_gemm.refuses_grouped(*arguments, **options) is None
         y, expected = int8_gemm.run_grouped(*arguments, **options), eager.int8_gemm_grouped(*arguments, **options)
     else:
@@ -150,6 +158,8 @@ def test_refusals_name_the_remedy():
     for name in ("zeros", "x_zeros"):
         reason = int8_gemm.refuses(x, x, scales, ones, **{name: ones}, layout="int8_columns")
         assert f"{name} are torch.float32: zero points that may not be whole" in reason
+        given = (x, None, x, scales, ones)
+        assert int8_gemm.refuses_grouped(*given, **{name: ones}, layout="int8_columns") == reason
 
 
 @pytest.mark.parametrize(("k", "fits"), [(integers.MOST_INPUTS_WITH_ZEROS, True), (40000, False)])

@@ -22,6 +22,7 @@ struct Arguments {
   void* y;                    // [m, n]
   int64_t m, k, n, x_stride;
   int32_t x_dtype, y_dtype, bias_dtype, threads;
+  int32_t scale_step, zero_step;  // in x_scales and x_zeros from row to row: 1, or 0 where all rows have one
 };
 
 namespace {
@@ -86,8 +87,8 @@ class Int8Product : public Job {
 
  private:
   void quantize(int64_t row, std::vector<float>& buffer, int8_t* codes) {
-    float scale = in_.x_scales ? in_.x_scales[row] : 0;
-    int32_t zero = in_.x_zeros ? in_.x_zeros[row] : 0;
+    float scale = in_.x_scales ? in_.x_scales[row * in_.scale_step] : 0;
+    int32_t zero = in_.x_zeros ? in_.x_zeros[row * in_.zero_step] : 0;
     if (in_.x_dtype == I8) {
       std::memcpy(codes, static_cast<const int8_t*>(in_.x) + row * in_.x_stride, in_.k);
     } else {
