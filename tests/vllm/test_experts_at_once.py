@@ -15,12 +15,12 @@ EXPERTS, TOP, HIDDEN, INNER, GROUP = 6, 3, 96, 64, 32
 BITS = {"int4": 4, "int8 weights": 8, "w8a8": 8}
 
 
-def method_of(kind):
+def method_of(kind, symmetric=True):
     from vllm_integration.quantization.experts import Experts, Int8Product
 
     class Method(*((Int8Product,) if kind == "w8a8" else ()), Experts):
         def __init__(self):
-            self.moe = SimpleNamespace(has_bias=False)
+            self.moe, self.symmetric_inputs = SimpleNamespace(has_bias=False), symmetric
 
         def create_weights(self, *args, **more):
             """Abstract in vLLM; the layer has its weights."""
@@ -28,7 +28,7 @@ def method_of(kind):
     return Method()
 
 
-def layer_of(kind, activation, zeros=False, bias=False, scales_dtype=torch.float32):
+def layer_of(kind, activation, zeros=False, bias=False, scales_dtype=torch.float32, x_scales=None, x_zeros=False):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     g, bits = torch.Generator().manual_seed(0), BITS[kind]
@@ -47,8 +47,13 @@ def layer_of(kind, activation, zeros=False, bias=False, scales_dtype=torch.float
         scales = (torch.rand(EXPERTS, groups, n, generator=g) + 0.5) / high / k**0.5
         setattr(layer, f"gcu_{part}_scales", scales.to(scales_dtype))
         if zeros:
-            made = torch.randint(low, high + 1, (EXPERTS, groups, n), generator=g).float()
-            setattr(layer, f"gcu_{part}_zeros", made)
+            made = torch.randint(low, high + 1, (EXPERTS, groups, n), generator=g)
+            setattr(layer, f"gcu_{part}_zeros", made.int() if kind == "w8a8" else made.float())
+        if x_scales:
+            setattr(layer, f"gcu_{part}_x_scales", torch.rand(x_scales, generator=g) / 40 + 0.01)
+        if x_zeros:
+            made = torch.randint(-60, 60, x_scales, generator=g, dtype=torch.int32)
+            setattr(layer, f"gcu_{part}_x_zeros", made)
         for name in ("zeros", "g_idx"):
             if not hasattr(layer, f"gcu_{part}_{name}"):
                 setattr(layer, f"gcu_{part}_{name}", None)
@@ -100,6 +105,48 @@ def test_zeros_biases_and_scales(more, monkeypatch):
     method, layer = method_of("int4"), layer_of("int4", "SILU", **more)
     expected, found = both(method, layer, routed(7, torch.bfloat16, torch.int32), monkeypatch)
     assert found is not None and torch.equal(found, expected)
+
+
+STATIC = {"x_scales": (EXPERTS, 1, 1)}
+INPUTS = {
+    "dynamic, zeros of weights": (True, {"zeros": True, "bias": True}),
+    "asymmetric": (False, {}),
+    "asymmetric, zeros of weights": (False, {"zeros": True}),
+    "static": (True, STATIC),
+    "static, with zeros": (False, {**STATIC, "x_zeros": True, "zeros": True}),
+}
+
+
+@pytest.mark.parametrize("tokens", (1, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("activation", ("SILU", "GELU"))
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_activations_with_scales_and_zeros_of_every_kind(inputs, activation, dtype, tokens, monkeypatch):
+    symmetric, more = INPUTS[inputs]
+    method, layer = method_of("w8a8", symmetric), layer_of("w8a8", activation, **more)
+    arguments = routed(tokens, dtype, torch.int32)
+    expected, found = both(method, layer, arguments, monkeypatch)
+    assert found is not None and torch.equal(found, expected)
+    counts = []
+    for whole in (True, False):
+        with monkeypatch.context() as patch:
+            if not whole:
+                patch.setattr(host, "run", lambda *args, **kwargs: None)
+            before = registry.calls.copy()
+            method.apply(layer, *arguments, None, None)
+            counts.append(registry.calls - before)
+    assert counts[0] == counts[1] and not any(name == "eager" for _, name in counts[0])
+
+
+def test_a_scale_of_all_activations_goes_operation_by_operation(monkeypatch):
+    method, layer = method_of("w8a8"), layer_of("w8a8", "SILU", x_scales=(1,))
+    arguments = routed(5, torch.bfloat16, torch.int32)
+    expected, found = both(method, layer, arguments, monkeypatch)
+    assert found is None
+    for part in ("w13", "w2"):
+        of_all = getattr(layer, f"gcu_{part}_x_scales")
+        setattr(layer, f"gcu_{part}_x_scales", of_all.view(1, 1, 1).repeat(EXPERTS, 1, 1))
+    assert torch.equal(at_once(method, layer, arguments, monkeypatch), expected)
 
 
 @pytest.mark.parametrize("kind", BITS)

@@ -31,13 +31,18 @@ PART = "Tensor {0}, Tensor {0}_scales, Tensor? {0}_zeros, Tensor? {0}_g_idx, Ten
 SCHEMA = (
     f"fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, {PART.format('w13')}, {PART.format('w2')}, "
     "Tensor? expert_map=None, *, str w13_layout, str w2_layout, str activation, bool int8, "
-    "bool weights_on_input=False) -> Tensor"
+    "bool weights_on_input=False, bool symmetric=True, Tensor? w13_x_scales=None, Tensor? w13_x_zeros=None, "
+    "Tensor? w2_x_scales=None, Tensor? w2_x_zeros=None) -> Tensor"
 )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Those of one of the two products, of all experts: as for `gcu::dequant_gemm_grouped`."""
+    """Those of one of the two products, of all experts: as for `gcu::dequant_gemm_grouped`.
+
+    Of int8 activations, too: x_scales (and x_zeros) that are known, or, without them, whether what each token gets is
+    `symmetric`.
+    """
 
     weight: torch.Tensor
     scales: torch.Tensor
@@ -45,16 +50,31 @@ class Weights:
     g_idx: torch.Tensor | None
     bias: torch.Tensor | None
     layout: str
+    x_scales: torch.Tensor | None = None
+    x_zeros: torch.Tensor | None = None
+    symmetric: bool = True
 
     def multiply(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """[rows, K] sorted by expert -> [rows, N]."""
         rest = self.scales, self.zeros, self.g_idx, self.bias
         return torch.ops.gcu.dequant_gemm_grouped.default(x, offsets, self.weight, *rest, layout=self.layout)
 
-    def multiply_int8(self, x, offsets: torch.Tensor, x_scales=None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same of activations in int8: codes with their scales, or numbers that are quantised per token."""
+    def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x in int8, a scale (and zero) per token."""
+        codes, scales, zeros = torch.ops.gcu.quantize_per_token.default(x, 0, self.symmetric)
+        return codes, scales, None if self.symmetric else zeros
+
+    def multiply_int8(self, x, offsets: torch.Tensor) -> torch.Tensor:
+        """The same of activations that are quantised: by what is known, or per token."""
+        if self.x_scales is None and not self.symmetric:
+            return self.multiply_codes(*self.codes(x), offsets, x.dtype)
+        return self.multiply_codes(x, self.x_scales, self.x_zeros, offsets, x.dtype)
+
+    def multiply_codes(self, x, x_scales, x_zeros, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same of codes with their scales (and zeros)."""
         arguments = x, offsets, self.weight, self.scales, x_scales, self.bias
-        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, layout=self.layout, out_dtype=dtype or x.dtype)
+        more = {"layout": self.layout, "out_dtype": dtype, "x_zeros": x_zeros, "zeros": self.zeros}
+        return torch.ops.gcu.int8_gemm_grouped.default(*arguments, **more)
 
 
 def fused_experts(
@@ -78,6 +98,11 @@ def fused_experts(
     activation: str,
     int8: bool,
     weights_on_input: bool = False,
+    symmetric: bool = True,
+    w13_x_scales: torch.Tensor | None = None,
+    w13_x_zeros: torch.Tensor | None = None,
+    w2_x_scales: torch.Tensor | None = None,
+    w2_x_zeros: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Args:
@@ -88,8 +113,11 @@ def fused_experts(
         w2, ...: down: [E, hidden, inner].
         expert_map: [all experts]: where each is among these; -1: on another rank.
         activation: one of `ACTIVATIONS`; gate times it, times up.
-        int8: whether activations are quantised per token (`gcu::int8_gemm_grouped`).
+        int8: whether activations are quantised (`gcu::int8_gemm_grouped`).
         weights_on_input: a token is weighed before its experts, not their results.
+        symmetric: activations that are quantised per token have no zeros.
+        w13_x_scales, w13_x_zeros, w2_x_scales, w2_x_zeros: of activations whose scales are known: [E, 1, 1], an
+            expert's own, or [1]. None: they are quantised per token.
 
     Returns:
         [tokens, hidden] in the dtype of `x`, summed in float32.
@@ -99,9 +127,10 @@ def fused_experts(
     """
     if activation not in ACTIVATIONS:
         raise UnknownNameError("activation", activation, ACTIVATIONS)
-    first = Weights(w13, w13_scales, w13_zeros, w13_g_idx, w13_bias, w13_layout)
-    second = Weights(w2, w2_scales, w2_zeros, w2_g_idx, w2_bias, w2_layout)
-    swiglu = int8 and activation == "silu"
+    of_x = (w13_x_scales, w13_x_zeros, symmetric), (w2_x_scales, w2_x_zeros, symmetric)
+    first = Weights(w13, w13_scales, w13_zeros, w13_g_idx, w13_bias, w13_layout, *of_x[0])
+    second = Weights(w2, w2_scales, w2_zeros, w2_g_idx, w2_bias, w2_layout, *of_x[1])
+    swiglu = int8 and activation == "silu" and symmetric and w2_x_scales is None
     if expert_map is None and not weights_on_input and first.g_idx is None and second.g_idx is None:
         activate = None if swiglu else functools.partial(gated, activation)
         found = host.run(x, topk_weights, topk_ids, first, second, int8=int8, activate=activate)
@@ -118,24 +147,19 @@ def fused_experts(
         rows = (x.index_select(0, tokens) * weights.reshape(-1, 1)[order]).to(x.dtype)
         gate_up = first.multiply_int8(rows, offsets) if int8 else first.multiply(rows, offsets)
         weights = torch.ones_like(weights)
-    elif int8:  # a token is quantised once, not by each of its experts
-        codes, scales, _ = torch.ops.gcu.quantize_per_token.default(x)
-        rows, scales = codes.index_select(0, tokens), scales.index_select(0, tokens)
-        gate_up = first.multiply_int8(rows, offsets, scales, x.dtype)
+    elif int8 and w13_x_scales is None:  # a token is quantised once, not by each of its experts
+        rows = (None if part is None else part.index_select(0, tokens) for part in first.codes(x))
+        gate_up = first.multiply_codes(*rows, offsets, x.dtype)
     else:
-        gate_up = first.multiply(x.index_select(0, tokens), offsets)
+        rows = x.index_select(0, tokens)
+        gate_up = first.multiply_int8(rows, offsets) if int8 else first.multiply(rows, offsets)
     if swiglu:  # the activation and its quantisation are one pass
-        y = second.multiply_int8(*_codes(gate_up, offsets), dtype=x.dtype)
+        y = second.multiply_codes(*torch.ops.gcu.silu_mul_quant.default(gate_up), None, offsets, x.dtype)
     elif int8:
         y = second.multiply_int8(gated(activation, gate_up), offsets)
     else:
         y = second.multiply(gated(activation, gate_up), offsets)
     return weighted_sum(y, order, weights)
-
-
-def _codes(gate_up: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes, scales = torch.ops.gcu.silu_mul_quant.default(gate_up)
-    return codes, offsets, scales
 
 
 def gated(activation: str, gate_up: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,12 @@ struct Arguments {
   const void* ids;          // [tokens, top_k], int32 or int64
   const char* x;            // [tokens], rows of `row_bytes` bytes, `x_stride` bytes apart
   const float* scales;      // [tokens], or null
+  const int32_t* zeros;     // [tokens], or null
   int64_t* place;           // [tokens * top_k]: where the row of a token's i-th expert is
   int64_t* offsets;         // [experts + 1]: expert e has the rows [offsets[e], offsets[e + 1])
   char* rows;               // [tokens * top_k], `row_bytes` each
   float* row_scales;        // [tokens * top_k], or null
+  int32_t* row_zeros;       // [tokens * top_k], or null
   int64_t tokens, top_k, experts, row_bytes, x_stride;
   int32_t wide, threads;    // wide: ids are int64
 };
@@ -45,6 +47,7 @@ extern "C" int32_t gcu_route(const Arguments* arguments) {
     int64_t token = i / in.top_k, row = in.place[i];
     std::memcpy(in.rows + row * in.row_bytes, in.x + token * in.x_stride, in.row_bytes);
     if (in.scales) in.row_scales[row] = in.scales[token];
+    if (in.zeros) in.row_zeros[row] = in.zeros[token];
   }
   return 0;
 }
