@@ -23,6 +23,7 @@ KINDS = {
     "w4a16 asymmetric": "packed",
     "w8a16": "packed",
     "w8a8": "int8",
+    "w8a8 static asymmetric": "int8",
 }
 
 

@@ -63,6 +63,12 @@ def test_a_compiled_mixture(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [{"enforce_eager": True}, {}], ids=["uncompiled", "compiled"])
+def test_int8_activations_of_every_kind(how, tmp_path):
+    check("mixtral", ("w8a8 asymmetric", "w8a8 static asymmetric", "w8a8 static per tensor"), tmp_path, **how)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
 def test_other_compiled_mixtures(family, tmp_path):
     check(family, ("gptq int4 asymmetric act-order", "w8a8"), tmp_path)

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.model_executor.parameter import PerTensorScaleParameter
 
-from gcu_compile.errors import CheckpointError
+from gcu_compile.errors import CheckpointError, UnsupportedFeatureError
 from gcu_compile.kernels.dequant_gemm import eager, formats
 from vllm_integration.quantization import cache, experts
 from vllm_integration.quantization import layer as layers
@@ -40,8 +40,7 @@ class CompressedConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer, prefix):
         if isinstance(layer, RoutedExperts):
             method = self._experts(layer, prefix)
-            if method is not None:
-                return method
+            return method if method is not None else self._vllm_experts(layer, prefix)
         if isinstance(layer, Attention) and cache.is_int8(self.kv_cache_scheme):
             return None if self.kv_cache_scheme.get("dynamic") else Int8KVCacheMethod(self)
         method = super().get_quant_method(layer, prefix)
@@ -63,10 +62,28 @@ class CompressedConfig(CompressedTensorsConfig):
         packed = schemes[0].get("format") == CompressionFormat.pack_quantized.value
         if packed and weights.num_bits in (4, 8) and self._is_wNa16_group_channel(weights, inputs):
             return experts.PackedExperts(weights, layer.moe_config, prefix)
-        per_output = weights.type == "int" and weights.strategy == "channel"
-        if inputs is not None and per_output and self._is_dynamic_token_w8a8(weights, inputs) and inputs.symmetric:
+        if inputs is not None and weights.type == inputs.type == "int" and weights.num_bits == inputs.num_bits == 8:
+            if not (self._is_dynamic_token_w8a8(weights, inputs) or self._is_static_tensor_w8a8(weights, inputs)):
+                raise UnsupportedFeatureError(
+                    f"{prefix} (compressed-tensors W8A8 experts): weights {_in_words(weights)}, activations "
+                    f"{_in_words(inputs)}; expected symmetric weights, per channel or tensor, and activations that are "
+                    "dynamic per token or static per tensor"
+                )
             return experts.Int8Experts(weights, inputs, layer.moe_config, prefix)
         return None
+
+    def _vllm_experts(self, layer, prefix: str):
+        """vLLM's method; what it does not take is told of by layer and format."""
+        try:
+            return super().get_quant_method(layer, prefix)
+        except Exception as error:  # of any class, where no scheme fits
+            kind, what = f"compressed-tensors {self.quant_format} experts", f"{type(error).__name__}: {error}"
+            raise UnsupportedFeatureError(f"{prefix} ({kind}): vLLM has no method for this scheme: {what}") from error
+
+
+def _in_words(args) -> str:
+    kind = f"{'symmetric' if args.symmetric else 'asymmetric'} per {getattr(args.strategy, 'value', args.strategy)}"
+    return f"{kind} ({'dynamic' if args.dynamic else 'static'})"
 
 
 @register_weight_loader_v2_supported_method
@@ -189,7 +206,7 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
         known = None, None
         if self.config.is_static_input_scheme:
             zeros = None if self.config.input_symmetric else x_zero.data
-            known = static_range(f"{name} ({kind})", x_scale.data, zeros)
+            known = formats.static_range(name, kind, x_scale.data, zeros)
         layers.put(layer, linear.of_integers(), (w_name, s_name, x_name, zero_name))
         layers.known_activations(layer, *known)
 
@@ -198,18 +215,3 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
 
     def _get_layer_params(self, layer):
         return layer.gcu_weight, layer.gcu_scales, layer.gcu_x_scale, layer.gcu_x_zero, None
-
-
-def static_range(
-    name: str, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One scale (and zero) for a merged layer whose parts were calibrated apart: the union of their ranges."""
-    scales = scales.float().reshape(-1)
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise CheckpointError(f"{name}: input_scale must be positive and finite, found {scales.tolist()}")
-    if zeros is None:
-        return scales.max().reshape(1), None
-    zeros = zeros.to(torch.int32).reshape(-1)
-    high, low = (scales * (127 - zeros)).max(), (scales * (-128 - zeros)).min()
-    scale = (high - low) / 255.0
-    return scale.reshape(1), torch.round(-128 - low / scale).to(torch.int32).reshape(1)

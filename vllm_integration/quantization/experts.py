@@ -29,6 +29,7 @@ from vllm_integration.quantization import progress
 
 PARTS = ("w13", "w2")  # gate and up, one above the other; down
 TENSORS = ("weight", "scales", "zeros", "g_idx")
+OF_X = ("scales", "zeros")  # of activations that are known before
 ACTIVATIONS = {MoEActivation.SILU: "silu", MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_tanh"}
 
 
@@ -46,6 +47,7 @@ class Experts(FusedMoEMethodBase):
     kind = ""  # of the checkpoint, for messages
     libraries = ("dequant_gemm", "route", "weighted_sum")  # of the host's kernels
     int8 = False  # whether activations are
+    symmetric_inputs = True  # whether those that are quantised per token have no zeros
 
     def __init__(self, moe, prefix: str = "") -> None:
         FusedMoEMethodBase.__init__(self, moe)  # the formats' own __init__ choose kernels that a CPU has not
@@ -134,6 +136,8 @@ class Experts(FusedMoEMethodBase):
             activation=ACTIVATIONS[layer.activation],
             int8=self.int8,
             weights_on_input=layer.apply_router_weight_on_input,
+            symmetric=self.symmetric_inputs,
+            **{f"{part}_x_{name}": getattr(layer, f"gcu_{part}_x_{name}", None) for part in PARTS for name in OF_X},
         )
 
 
@@ -277,7 +281,7 @@ class PackedExperts(Experts, CompressedTensorsWNA16MoEMethod):
 
 
 class Int8Product:
-    """Products of experts with int8 weights and activations, quantised per token."""
+    """Products of experts with int8 weights and activations."""
 
     libraries = ("int8_gemm", "prologues", "route", "weighted_sum")
     int8 = True
@@ -287,27 +291,70 @@ class Int8Product:
 
 
 class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
-    """compressed-tensors W8A8: a scale per output, activations quantised per token in the kernel."""
+    """compressed-tensors W8A8: a scale per output or per projection, activations quantised per token in the kernel, or
+    by the checkpoint's scale (and zero) of each expert."""
 
     kind = "int8"
 
     def __init__(self, weights, inputs, moe, prefix: str) -> None:
         super().__init__(moe, prefix)
-        self.weight_quant, self.input_quant, self.static_input_scales = weights, inputs, False
+        self.per_tensor, self.static = weights.strategy == "tensor", not inputs.dynamic
+        self.symmetric_inputs = inputs.symmetric
+        # vLLM makes the parameters of a scale per output and dynamic activations; `create_weights` changes them.
+        self.weight_quant = weights.model_copy(update={"strategy": "channel"})
+        self.input_quant, self.static_input_scales = inputs, False
+
+    def create_weights(self, layer, num_experts, *sizes, **extra) -> None:
+        super().create_weights(layer, num_experts, *sizes, **extra)
+        for name in (*(("weight_scale",) if self.per_tensor else ()), *self._of_x()):
+            for part, projections in (("w13", 2), ("w2", 1)):
+                layer.__dict__.pop(f"{part}_{name}", None)  # vLLM's None
+                layers.keep(layer, f"{part}_{name}", torch.zeros(num_experts, projections))
+                getattr(layer, f"{part}_{name}").weight_loader = self._checked(layer, self._load_one(layer))
+
+    def _of_x(self) -> tuple[str, ...]:
+        """What the checkpoint holds of activations."""
+        return ("input_scale", "input_zero_point")[: 2 - self.symmetric_inputs] if self.static else ()
+
+    def _load_one(self, layer):
+        """The weight loader of a parameter that has one value of each projection of an expert."""
+
+        def load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+            expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if expert >= 0:
+                param.data[expert, int(shard_id == "w3")] = loaded_weight.reshape(())
+            return expert >= 0
+
+        return load
 
     def process_weights_after_loading(self, layer) -> None:
         for part in PARTS:
             names = (f"{part}_weight", f"{part}_weight_scale")
-            self._check_complete(layer, names)
+            self._check_complete(layer, (*names, *(f"{part}_{name}" for name in self._of_x())))
             weight, scales = (getattr(layer, name).data for name in names)
 
             def one(expert, weight=weight, scales=scales, part=part):
+                n, k = weight.shape[1:]
                 name, scale = f"{self.prefix}.{expert}.{part}", scales[expert].reshape(1, -1)
-                target, k = layers.target(weight, 8), weight.shape[-1]
+                scale = scale.repeat_interleave(n // scale.shape[1], 1)  # of a projection, to each of its outputs
+                target = layers.target(weight, 8)
                 return formats.prepare(name, "int8", "int8_rows", weight[expert], scale, target=target, inputs=k)
 
             self._put(layer, part, map(one, range(layer.local_num_experts)), names)
+            if self.static:
+                self._put_known(layer, part)
         progress.done(self.prefix)
+
+    def _put_known(self, layer, part: str) -> None:
+        """Scale (and zero) of each expert's activations; of gate and up, the union of their ranges."""
+        scales, zeros = (layer._parameters.pop(f"{part}_input_{name}", None) for name in ("scale", "zero_point"))
+        found = []
+        for expert in range(layer.local_num_experts):
+            own = None if zeros is None else zeros[expert]
+            found.append(formats.static_range(f"{self.prefix}.{expert}.{part}", self.kind, scales[expert], own))
+        for name, values in zip(OF_X, zip(*found, strict=True), strict=True):
+            stacked = None if values[0] is None else torch.stack(values).view(-1, 1, 1)
+            layers.keep(layer, f"gcu_{part}_x_{name}", stacked)
 
 
 def check_groups(prefix: str, kind: str, size: int, hidden: int, intermediate: int) -> None:

@@ -128,3 +128,18 @@ def packed_zeros(stored: torch.Tensor, bits: int, groups: int, n: int, plus_one:
 def awq_zeros(stored: torch.Tensor, groups: int, n: int) -> torch.Tensor:
     """[G, N] zeros of AWQ's qzeros [G, N / 8], whose codes lie in the words in the order of its weights."""
     return layouts.unpack(stored, layouts.get("awq_int4"), n, groups).T.contiguous()
+
+
+def static_range(
+    name: str, kind: str, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One scale (and zero), [1], for a merged layer whose parts were calibrated apart: the union of their ranges."""
+    scales = scales.float().reshape(-1)
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise CheckpointError(f"{name} ({kind}): input_scale must be positive and finite, found {scales.tolist()}")
+    if zeros is None:
+        return scales.max().reshape(1), None
+    zeros = zeros.to(torch.int32).reshape(-1)
+    high, low = (scales * (127 - zeros)).max(), (scales * (-128 - zeros)).min()
+    scale = (high - low) / 255.0
+    return scale.reshape(1), torch.round(-128 - low / scale).to(torch.int32).reshape(1)
