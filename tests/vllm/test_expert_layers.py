@@ -159,6 +159,19 @@ def test_tensors_that_are_not_there(name):
                 layers.ready(fill(make(name), rest))
 
 
+@pytest.mark.parametrize("name", [*KINDS, "w8a8 static asymmetric"])
+def test_random_weights_are_not_missed(name):
+    from vllm.config import get_current_vllm_config
+
+    with layers.shard():
+        get_current_vllm_config().load_config.load_format = "dummy"
+        layer = make(name)
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():
+                parameter.data.uniform_(-1e-3, 1e-3)
+        layers.ready(layer)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_scales_of_nan(name):
     tensors, _ = stored(name)

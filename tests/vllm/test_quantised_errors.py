@@ -81,7 +81,7 @@ def test_dummy_weights_are_not_missed(name):
         layer = layers.make("row", layers.configuration(FORMS[name].config()), NAME, K, N)
         for parameter in layer.parameters():
             if parameter.is_floating_point():  # as vLLM does; words hold what was in memory
-                parameter.data.fill_(1)
+                parameter.data.uniform_(-1e-3, 1e-3)
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -206,6 +206,8 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
         known = None, None
         if self.config.is_static_input_scheme:
             zeros = None if self.config.input_symmetric else x_zero.data
+            if layers.are_random():
+                x_scale.data.abs_().clamp_(min=1e-3)
             known = formats.static_range(name, kind, x_scale.data, zeros)
         layers.put(layer, linear.of_integers(), (w_name, s_name, x_name, zero_name))
         layers.known_activations(layer, *known)

@@ -348,6 +348,8 @@ class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
     def _put_known(self, layer, part: str) -> None:
         """Scale (and zero) of each expert's activations; of gate and up, the union of their ranges."""
         scales, zeros = (layer._parameters.pop(f"{part}_input_{name}", None) for name in ("scale", "zero_point"))
+        if layers.are_random():
+            scales = scales.abs().clamp(min=1e-3)
         found = []
         for expert in range(layer.local_num_experts):
             own = None if zeros is None else zeros[expert]

@@ -81,6 +81,11 @@ def note(parameter: torch.nn.Parameter, part: tuple) -> None:
     parameter.gcu_parts = {*getattr(parameter, "gcu_parts", ()), part}
 
 
+def are_random() -> bool:
+    """Whether the weights are no checkpoint's (`load_format` dummy): nothing is loaded, and scales may be negative."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
+
+
 def check_complete(
     layer: torch.nn.Module, names: Iterable[str], parts: int, name: str, kind: str
 ) -> None:
@@ -90,7 +95,7 @@ def check_complete(
         names: of the parameters that a checkpoint must fill.
         parts: how many each is loaded in, where it is not loaded whole.
     """
-    if get_current_vllm_config().load_config.load_format == "dummy":
+    if are_random():
         return
     for parameter in names:
         found = getattr(getattr(layer, parameter), "gcu_parts", set())
