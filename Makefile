@@ -26,7 +26,7 @@ demo: install
 	$(VENV)/bin/gcu-compile demo-model
 	$(VENV)/bin/python examples/offline_inference.py
 
-test: install
+test: install $(VENV)/torchao/.installed
 	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 # The versions that a card has today: all tests of gcu_compile, and vLLM 0.26 on the emulated card. Up to an hour on two
@@ -37,7 +37,7 @@ CARD_TESTS = --ignore tests/vllm tests
 CARD_VLLM_TESTS = $(addprefix tests/vllm/, test_gcu.py test_gcu_config.py test_vllm_private.py test_blocks.py \
 	test_encoder_attention.py)
 
-test-card-stack: preflight $(CARD_VENV)/.installed
+test-card-stack: preflight $(CARD_VENV)/.installed $(CARD_VENV)/torchao/.installed
 	$(CARD_VENV)/bin/python $(PYTEST) $(CARD_TESTS) $(PYTEST_ARGS)
 	$(CARD_VENV)/bin/python $(PYTEST) $(CARD_VLLM_TESTS) $(PYTEST_ARGS)
 
@@ -45,6 +45,15 @@ $(CARD_VENV)/.installed: requirements/card.lock pyproject.toml
 	[ -x $(CARD_VENV)/bin/python ] || $(PYTHON) -m venv $(CARD_VENV)
 	$(CARD_PIP) install --quiet --no-deps -r requirements/card.lock
 	$(CARD_PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# What only tests import, in a folder beside the packages.
+$(VENV)/torchao/.installed: requirements/torchao.lock | $(STAMP)
+	$(PIP) install --quiet --no-deps --upgrade --target $(@D) -r $<
+	touch $@
+
+$(CARD_VENV)/torchao/.installed: requirements/torchao.lock | $(CARD_VENV)/.installed
+	$(CARD_PIP) install --quiet --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
 lint: install

@@ -117,7 +117,6 @@ def test_products_of_shifted_codes_are_those_of_the_codes(rows, k, n):
     ("changes", "reason"),
     [
         ({"other": integers(24, 16, seed=2)}, "not 128 times the sum of the weight's columns"),
-        ({"by": 64}, None),
         ({"kept": True}, "the product of the shifted codes is used too"),
     ],
 )
@@ -125,7 +124,7 @@ def test_products_of_shifted_codes_near_misses(changes, reason):
     _, report = lowered(lambda x, w: shifted(x, w, **changes), integers(17, 24), integers(24, 16, seed=1))
     assert not report.fused["signed_int_mm"]
     found = [why for status, why in statuses(report, "signed_int_mm") if status == "near_miss"]
-    assert (reason is None and not found) or any(reason in why for why in found), found
+    assert any(reason in why for why in found), found
 
 
 NEAR = {

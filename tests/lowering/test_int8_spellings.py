@@ -58,8 +58,7 @@ def after(d, view=None, cast=None):
 @pytest.mark.parametrize("shape", [(N,), (1, N), (), (1, 1)])
 def test_scales_after_the_product(dtype, view, shape):
     fn, (x, weight, scales) = after(data(dtype), view)
-    if view is None or len(shape) < 2 or len(view) > 1:
-        fused(fn, x, weight, scales.view(shape) if shape and shape[-1] == N else scales[:1].view(shape).clone())
+    fused(fn, x, weight, scales.view(shape) if shape and shape[-1] == N else scales[:1].view(shape).clone())
 
 
 def test_scales_after_the_product_of_a_weight_that_lies_by_inputs():
@@ -91,6 +90,46 @@ def test_scales_after_the_product_near_misses():
 
     near_miss("used before it is scaled", used, d["x"], *after(d)[1][1:])
     near_miss("scaled in another shape", after(d)[0], *after(d)[1][:2], torch.rand(2, 1, N))
+
+
+@pytest.mark.parametrize("factor", [torch.tensor([0, 3] * (N // 2)), torch.tensor([True, False] * (N // 2))])
+def test_near_miss_a_factor_that_is_no_scale(factor):
+    fn, args = after(data())
+    near_miss("which is no scale", fn, *args[:2], factor)
+
+
+@pytest.mark.parametrize("cast", [torch.bool, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_codes_that_are_other_numbers_before_they_are_floats(cast):
+    """int32 holds them all, and is left alone too."""
+    d = data()
+
+    def fn(x, weight, scales):
+        return (x @ weight.t().to(cast).to(x.dtype)) * scales
+
+    matches, _ = run(fn, d["x"], (d["codes"] - 8).to(torch.int8), d["scales"][0].contiguous())
+    assert matches == []
+
+
+def test_integer_product_near_miss_truncated_on_the_way():
+    def fn(x, w, one, other):
+        return (torch._int_mm(x, w.t()).float() * one).to(torch.int8).float() * other
+
+    x, w = torch.randint(-8, 8, (33, K), dtype=torch.int8), (data()["codes"] - 8).to(torch.int8)
+    args = fn, x, w, torch.rand(33, 1) / 64, torch.rand(N)
+    matches, _ = run(*args, rule="int8_gemm")
+    assert "fused" not in [m.status for m in matches]
+    assert any("goes through torch.int8" in m.reason for m in matches), matches
+
+
+def test_a_product_that_is_fused_where_a_larger_one_is_not():
+    """A gated layer: the scaled sum is multiplied once more, by no scale."""
+
+    def fn(x, w, x_scale, scale, gate):
+        return (torch._int_mm(x, w.t()).float() * x_scale * scale) * gate
+
+    x, w = torch.randint(-8, 8, (33, K), dtype=torch.int8), (data()["codes"] - 8).to(torch.int8)
+    matches, _ = run(fn, x, w, torch.rand(33, 1), torch.rand(N), torch.rand(33, N), rule="int8_gemm")
+    assert "fused" in [m.status for m in matches], matches
 
 
 def test_a_scaled_product_of_floats_is_not_its_business():

@@ -129,6 +129,27 @@ def rounded(name, weight):
     return (codes.view(n, scales.shape[1], -1) * scales.unsqueeze(-1)).view(n, k)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_float_experts_in_one_tensor(name):
+    """As Llama 4 loads them: all experts' gates, ups and downs at once."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import vllm_integration
+
+    vllm_integration.register()
+    with layers.shard():
+        layer = layers.experts(get_quantization_config(name)(), PREFIX, EXPERTS, HIDDEN, INNER)
+        for part in PROJECTIONS:
+            stored = "w2_weight" if part == "w2" else "w13_weight"
+            all_of_them = [weight(part, expert) for expert in range(EXPERTS)]
+            parameter = layer.get_parameter(stored)
+            parameter.weight_loader(parameter, torch.stack(all_of_them), stored, shard_id=part, expert_id=0)
+        found = apply(layer, *routed())
+    numbers = {(p, e): rounded(name, weight(p, e)) for p in PROJECTIONS for e in range(EXPERTS)}
+    form = FORMS["w8a8" if FORMATS[name].activations else "w4a16"]
+    check(form, found, expected(form, numbers, *routed()))
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("rank, of", [(0, 1), (1, 2)])
 def test_truncated_tensors(name, rank, of):
@@ -159,7 +180,7 @@ def test_tensors_that_are_not_there(name):
                 layers.ready(fill(make(name), rest))
 
 
-@pytest.mark.parametrize("name", [*KINDS, "w8a8 static asymmetric"])
+@pytest.mark.parametrize("name", KINDS)
 def test_random_weights_are_not_missed(name):
     from vllm.config import get_current_vllm_config
 

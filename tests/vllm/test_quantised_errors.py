@@ -72,6 +72,41 @@ def test_a_part_that_is_not_there(name):
             layers.ready(layer)
 
 
+@pytest.mark.parametrize("how", ["sharded state", "a loader of the model's own", "a part without outputs"])
+def test_what_is_filled_in_another_way_is_not_missed(how):
+    from vllm.config import get_current_vllm_config
+
+    name = "w8a8"
+    with layers.shard():
+        if how == "sharded state":
+            get_current_vllm_config().load_config.load_format = "sharded_state"
+        if how == "a part without outputs":  # keys and values alone
+            layer = layers.make("merged", layers.configuration(FORMS[name].config()), NAME, K, [0, N, N])
+            for part in (1, 2):
+                layers.fill(layer, stored(name), NAME, part)
+        else:
+            layer = layers.make("row", layers.configuration(FORMS[name].config()), NAME, K, N)
+            for key, tensor in stored(name).items():
+                parameter = layer.get_parameter(key.removeprefix(f"{NAME}."))
+                parameter.data.copy_(tensor)
+                if how == "a loader of the model's own":
+                    parameter.weight_loader = lambda param, loaded: param.data.copy_(loaded)
+        layers.ready(layer)
+
+
+def test_group_indices_of_a_copied_parameter():
+    """Reloading puts new parameters in the place of the old, with their attributes."""
+    name, tensors = act_order()
+    with layers.shard():
+        layer = layers.make("row", layers.configuration(FORMS[name].config()), NAME, K, N)
+        layers.fill(layer, tensors, NAME)
+        old = layer.g_idx
+        new = type(old)(data=torch.zeros_like(old.data), input_dim=0, weight_loader=old.weight_loader)
+        new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__})
+        new.weight_loader(new, tensors[f"{NAME}.g_idx"])
+        assert torch.equal(new.data, tensors[f"{NAME}.g_idx"])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_dummy_weights_are_not_missed(name):
     from vllm.config import get_current_vllm_config

@@ -176,9 +176,10 @@ def test_a_float_tensor_that_does_not_fit_or_is_not_there():
     vllm_integration.register()
     with layers.shard():
         layer = layers.make("column", get_quantization_config("w4a16")(), "model.layers.0.mlp.up_proj", 256, 192)
-        with pytest.raises(CheckpointError, match=r"up_proj \(to be rounded\): a tensor of \[96, 256\] does not fit"):
+        message = r"up_proj \(float, rounded at load\): a tensor of \[96, 256\] does not fit"
+        with pytest.raises(CheckpointError, match=message):
             layers.fill(layer, {"weight": torch.zeros(96, 256)}, "")
-        with pytest.raises(CheckpointError, match=r"mlp.up_proj \(to be rounded\): the checkpoint lacks weight"):
+        with pytest.raises(CheckpointError, match=r"mlp.up_proj \(float, rounded at load\): the checkpoint lacks weight"):
             layers.ready(layer)
 
 

@@ -74,7 +74,7 @@ class AWQLinearMethod(LinearMethodBase):
         else:
             layer.register_parameter("scales", GroupQuantScaleParameter(input_dim=0, **scales))
             layer.register_parameter("qzeros", PackedvLLMParameter(input_dim=0, **qzeros))
-        self.parts = len(output_partition_sizes)
+        self.parts = sum(map(bool, output_partition_sizes))  # a merged layer may have none of a kind
         layers.expect("dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:

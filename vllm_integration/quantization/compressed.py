@@ -109,10 +109,11 @@ class CompressedLinearMethod(CompressedTensorsLinearMethod):
             super().create_weights(layer, *sizes, params_dtype, **extra)
         except ValueError as error:  # no kernel for the sizes, groups across shards
             raise CheckpointError(f"{layer.prefix} ({kind}): {error}") from error
-        self.parts = len(output_partition_sizes)
+        self.parts = sum(map(bool, output_partition_sizes))
         for name in ("input_scale", "input_zero_point"):
             if self.parts > 1 and isinstance(scheme, CompressedTensorsW8A8Int8) and getattr(layer, name) is not None:
-                each = getattr(layer, name).new_zeros(self.parts)  # vLLM has room for one: the last part's would stay
+                # vLLM has room for one: the last part's would stay.
+                each = getattr(layer, name).new_zeros(len(output_partition_sizes))
                 loader = extra["weight_loader"]
                 layer.register_parameter(name, PerTensorScaleParameter(data=each, weight_loader=loader))
 
@@ -206,7 +207,7 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
         known = None, None
         if self.config.is_static_input_scheme:
             zeros = None if self.config.input_symmetric else x_zero.data
-            if layers.are_random():
+            if layers.are_random(x_scale):
                 x_scale.data.abs_().clamp_(min=1e-3)
             known = formats.static_range(name, kind, x_scale.data, zeros)
         layers.put(layer, linear.of_integers(), (w_name, s_name, x_name, zero_name))

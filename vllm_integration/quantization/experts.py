@@ -82,7 +82,16 @@ class Experts(FusedMoEMethodBase):
         vLLM's puts a tensor that is too small into a corner of its place, as if that were padded for a kernel.
         """
         layer._narrow_expert_data_for_padding = whole
-        return layers.checked(load, self.prefix or layers.name_of(layer), f"{self.kind} experts")
+
+        def parts(param, loaded_weight, args, kwargs):
+            """Of one expert; or of all, in one tensor (Llama 4), or by a loader of the model's own (DBRX)."""
+            expert, shard = kwargs.get("expert_id"), kwargs.get("shard_id")
+            if expert is None or loaded_weight.dim() == param.dim() > 1:
+                return (shard or args), layer.local_num_experts
+            expert = layer._map_global_expert_id_to_local_expert_id(expert)
+            return (shard, expert), int(expert >= 0)
+
+        return layers.checked(load, self.prefix or layers.name_of(layer), f"{self.kind} experts", parts)
 
     def _check_complete(self, layer, names: Iterable[str]) -> None:
         """Raise where the checkpoint lacks a tensor of an expert; `names`: of a part, w13_qweight and so on."""
@@ -348,7 +357,7 @@ class Int8Experts(Int8Product, Experts, CompressedTensorsW8A8Int8MoEMethod):
     def _put_known(self, layer, part: str) -> None:
         """Scale (and zero) of each expert's activations; of gate and up, the union of their ranges."""
         scales, zeros = (layer._parameters.pop(f"{part}_input_{name}", None) for name in ("scale", "zero_point"))
-        if layers.are_random():
+        if layers.are_random(scales):
             scales = scales.abs().clamp(min=1e-3)
         found = []
         for expert in range(layer.local_num_experts):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
@@ -70,22 +72,18 @@ class GPTQConfig(AutoGPTQConfig):
         return super().get_quant_method(layer, prefix)
 
 
-def input_groups(name: str, **settings) -> RowvLLMParameter:
-    """g_idx [K] of a layer. The parts of a merged layer have the same inputs, and must have them in the same groups.
+def same_groups(load: Callable, name: str) -> Callable:
+    """The weight loader of g_idx [K]: the parts of a merged layer have the same inputs, and must have them in the same
+    groups."""
 
-    Of vLLM's own class: its loader for merged layers that one tensor fills asks for that very type.
-    """
-    parameter = RowvLLMParameter(**settings)
-    load = parameter._assert_and_load
-
-    def loaded_once(groups: torch.Tensor) -> None:
-        known = getattr(parameter, "gcu_parts", ())
-        if known and not torch.equal(parameter.data, groups.to(parameter.data.dtype)):
+    def loader(param, loaded_weight, *part):
+        known = getattr(param, "gcu_parts", {})
+        before = param.data.clone() if part and known and part[0] not in known else None
+        load(param, loaded_weight, *part)
+        if before is not None and not torch.equal(before, param.data):
             raise CheckpointError(f"{name} (GPTQ): its merged parts have the same inputs, and different g_idx")
-        load(groups)
 
-    parameter._assert_and_load = loaded_once
-    return parameter
+    return loader
 
 
 @register_weight_loader_v2_supported_method
@@ -121,8 +119,9 @@ class GPTQLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "qweight", PackedvLLMParameter(data=qweight, input_dim=0, output_dim=1, packed_dim=0, **packing)
         )
+        grouped = layers.checked(same_groups(load, self.prefix), self.prefix, f"GPTQ int{self.bits}")
         g_idx = torch.arange(k, dtype=torch.int32) // size
-        layer.register_parameter("g_idx", input_groups(self.prefix, data=g_idx, input_dim=0, **loader))
+        layer.register_parameter("g_idx", RowvLLMParameter(data=g_idx, input_dim=0, weight_loader=grouped))
         # The checkpoint's float16 scales would be rounded by a model's bfloat16; float32 holds them all.
         scales = {"data": torch.empty(groups, n, dtype=torch.float32), **loader}
         qzeros = {"data": torch.empty(groups, n // per_word, dtype=torch.int32), "packed_dim": 1, **packing}
@@ -132,7 +131,7 @@ class GPTQLinearMethod(LinearMethodBase):
         else:
             layer.register_parameter("scales", GroupQuantScaleParameter(input_dim=0, output_dim=1, **scales))
             layer.register_parameter("qzeros", PackedvLLMParameter(input_dim=0, output_dim=1, **qzeros))
-        self.parts = len(output_partition_sizes)
+        self.parts = sum(map(bool, output_partition_sizes))  # a merged layer may have none of a kind
         layers.expect("dequant_gemm")
 
     def process_weights_after_loading(self, layer) -> None:

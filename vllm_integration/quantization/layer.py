@@ -53,10 +53,25 @@ def kind_of(layer: torch.nn.Module, default: str) -> str:
     return getattr(layer, "gcu_kind", default)
 
 
-def checked(load: Callable, name: str, kind: str) -> Callable:
+# (parameter, tensor, further arguments of a weight loader) -> what was loaded, and how many parts that is.
+Parts = Callable[[torch.nn.Parameter, torch.Tensor, tuple, dict], tuple[object, int]]
+# Formats that fill parameters without their weight loaders.
+UNSEEN = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
+
+
+def of_linear(param: torch.nn.Parameter, loaded_weight: torch.Tensor, args: tuple, kwargs: dict) -> tuple[object, int]:
+    """The part of a merged layer, or several as a tuple; all of it where there is none."""
+    part = next(iter((*args, *kwargs.values())), None)
+    return part, WHOLE if part is None else len(part) if isinstance(part, tuple) else 1
+
+
+WHOLE = 1 << 30
+
+
+def checked(load: Callable, name: str, kind: str, parts: Parts = of_linear) -> Callable:
     """The weight loader `load` of a layer; a tensor that does not fit is an error that names layer and format.
 
-    Which parts of a parameter were loaded is noted on it, for `check_complete`.
+    Which `parts` of a parameter were loaded is noted on it, for `check_complete`.
     """
 
     def loader(param, loaded_weight, *args, **kwargs):
@@ -69,21 +84,22 @@ def checked(load: Callable, name: str, kind: str) -> Callable:
                 f"{name} ({kind}): a tensor of {list(loaded_weight.shape)} does not fit its place, {list(param.shape)} "
                 "in this process; truncated?"
             ) from error
-        if found is not False:  # an expert of another rank
-            note(param, tuple(kwargs[key] for key in ("shard_id", "expert_id") if key in kwargs) or args)
+        part, count = parts(param, loaded_weight, args, kwargs)
+        param.gcu_parts = {**getattr(param, "gcu_parts", {}), part: count}
         return found
 
+    loader.load_format = get_current_vllm_config().load_config.load_format
     return loader
 
 
-def note(parameter: torch.nn.Parameter, part: tuple) -> None:
-    """`part` of the parameter was loaded; (): all of it."""
-    parameter.gcu_parts = {*getattr(parameter, "gcu_parts", ()), part}
+def load_format(parameter: torch.nn.Parameter) -> str | None:
+    """How the parameter is filled; None: by a loader that is not `checked`, which a model put in its place."""
+    return getattr(getattr(parameter, "weight_loader", None), "load_format", None)
 
 
-def are_random() -> bool:
-    """Whether the weights are no checkpoint's (`load_format` dummy): nothing is loaded, and scales may be negative."""
-    return get_current_vllm_config().load_config.load_format == "dummy"
+def are_random(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is no checkpoint's (`load_format` dummy): scales may be negative."""
+    return load_format(parameter) == "dummy"
 
 
 def check_complete(
@@ -95,12 +111,11 @@ def check_complete(
         names: of the parameters that a checkpoint must fill.
         parts: how many each is loaded in, where it is not loaded whole.
     """
-    if are_random():
-        return
     for parameter in names:
-        found = getattr(getattr(layer, parameter), "gcu_parts", set())
-        count = sum(len(part[0]) if part and isinstance(part[0], tuple) else 1 for part in found)
-        if () not in found and (None,) not in found and count < parts:
+        if load_format(getattr(layer, parameter)) in (None, *UNSEEN):
+            continue
+        count = sum(getattr(getattr(layer, parameter), "gcu_parts", {}).values())
+        if count < parts:
             lacking = f"{parts - count} of the {parts} parts of {parameter}" if parts > 1 else parameter
             raise CheckpointError(f"{name} ({kind}): the checkpoint lacks {lacking}")
 

@@ -23,7 +23,7 @@ from vllm_integration.quantization import experts, progress
 from vllm_integration.quantization import layer as layers
 from vllm_integration.quantization.cache import SUFFIX
 
-KIND = "to be rounded"  # what messages call a checkpoint's float layers
+KIND = "float, rounded at load"
 
 
 class NamedConfig(QuantizationConfig):
@@ -119,7 +119,7 @@ class RoundedLinearMethod(LinearMethodBase):
     form: rounding.Format
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, *args, **extra):
-        self.inputs, self.parts = input_size, len(output_partition_sizes)
+        self.inputs, self.parts = input_size, sum(map(bool, output_partition_sizes))
         extra["weight_loader"] = layers.checked(extra["weight_loader"], self.prefix, KIND)
         sizes = input_size_per_partition, output_partition_sizes, input_size
         UnquantizedLinearMethod.create_weights(self, layer, *sizes, *args, **extra)

@@ -18,6 +18,7 @@ from gcu_compile.lowering.rule import Refusal, Rule, other_size, same_shape, sam
 from gcu_compile.lowering.rules.quantised_weight import Weight, placed, recover
 
 aten, prims, gcu = torch.ops.aten, torch.ops.prims, torch.ops.gcu
+HOLD_BYTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -74,6 +75,8 @@ def _scaled_after(node: torch.fx.Node):
         if weight is None:
             continue
         n, given = value_of(product).shape[1], value_of(scales)
+        if not given.is_floating_point():
+            return Refusal(f"the product of integers is multiplied by {given.dtype}, which is no scale", near=True)
         if not same_size(value_of(inner).shape[-1], n) or not same_shape(value_of(inner), value_of(node)):
             return Refusal("the product of integers is scaled in another shape", near=True)
         leading = all(same_size(size, 1) for size in given.shape[:-1])
@@ -93,7 +96,7 @@ def _stored_as_floats(matrix):
     while value_of(matrix).dtype != torch.int8:
         if matrix.target in (aten.permute.default, aten.t.default, aten.transpose.int):
             layout = "int8_rows" if layout == "int8_columns" else "int8_columns"
-        elif matrix.target not in probe.CASTS:
+        elif matrix.target not in probe.CASTS or value_of(matrix).dtype not in HOLD_BYTES:
             return None, ""
         cast |= matrix.target in probe.CASTS
         matrix = matrix.args[0]
@@ -149,16 +152,26 @@ class Integers:
 
 def _int_product(node: torch.fx.Node):
     """mul(mul(float(int mm), x_scales), scales), scales in either order, casts in between"""
-    if any(_product_under(user) is not None for user in _multiplied(node)):
-        return None  # a larger product of the same sum is tried in its turn
+    if any(_is_taken(user) for user in _multiplied(node)):
+        return None  # a larger product of the same sum is fused in its turn
+    return _integers(node)
+
+
+def _is_taken(node: torch.fx.Node) -> bool:
+    """Whether this product, or a larger one of it, is fused."""
+    return isinstance(_integers(node), Integers) or any(_is_taken(user) for user in _multiplied(node))
+
+
+def _integers(node: torch.fx.Node):
     found = _product_under(node)
     if found is None:
         return None
     product, factors, casts = found
     x, matrix = product.args[:2]
     rows, n = value_of(product).shape
-    if torch.float16 in casts:  # bfloat16 only rounds, once more than the operation
-        return Refusal("the integer sum goes through torch.float16, which may not hold it", near=True)
+    # bfloat16 only rounds, once more than the operation.
+    if wrong := [dtype for dtype in casts if dtype not in (torch.float32, torch.float64, torch.bfloat16)]:
+        return Refusal(f"the integer sum goes through {wrong[0]}, which may not hold it", near=True)
     if not _bytes(x):
         return Refusal("the activations are not int8", near=True)
     weight, layout = _stored(matrix)

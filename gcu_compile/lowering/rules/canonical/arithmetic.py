@@ -129,7 +129,7 @@ def _build_addmm(graph: Graph, node: Node, found) -> Node:
 def _signed_product(node: Node):
     """int_mm(uint8(codes + 128), w) - 128 * sum(w, 0) -> int_mm(codes, w), which is the same number
 
-    Whose CPU multiplies unsigned by signed bytes best writes the former, as torchao does.
+    torchao writes the former, because CPUs have an instruction for unsigned times signed bytes.
     """
     product, correction = node.args
     if not isinstance(product, Node) or product.target is not aten._int_mm.default or node.kwargs:
