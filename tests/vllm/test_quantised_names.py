@@ -127,6 +127,37 @@ def test_an_int8_cache_beside_other_checkpoints(tmp_path):
         assert 0 < difference < 0.05  # keys and values of 8 bits: a small change, and one that is seen
 
 
+@pytest.mark.slow
+def test_mixtures_whose_models_load_experts_in_their_own_ways(tmp_path):
+    """All experts in one tensor (DBRX, Llama 4), or layers without names (DeepSeek-MoE): none is missed."""
+    from families import FAMILIES
+    from random_models import CHUNKED, GREEDY
+    from random_models import prompts as asked
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    meant = [FAMILIES[name].write(tmp_path / name)["logprobs"] for name in ("DBRX", "DeepSeek-MoE")]
+    torch.manual_seed(0)
+    sizes = {**LLAMA, "tie_word_embeddings": False, "head_dim": 64}
+    sizes |= {"intermediate_size_mlp": 192, "interleave_moe_layer_step": 1}
+    config = Llama4TextConfig(**sizes, num_local_experts=4, num_experts_per_tok=1)
+    network = Llama4ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.1)
+    network.save_pretrained(tmp_path / "Llama 4")
+    meant.append(logprobs(network, asked()))
+    requests = []
+    for name in ("DBRX", "DeepSeek-MoE", "Llama 4"):
+        remote = name in FAMILIES and FAMILIES[name].remote
+        llm = {**CHUNKED, "model": str(tmp_path / name), "quantization": "w8a16", "trust_remote_code": remote}
+        requests.append({"llm": {**llm, "enforce_eager": True}, "prompts": asked(), "sampling": GREEDY})
+    environ = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for reply, numbers in zip(run(tmp_path / "run", requests, timeout=900, **environ), meant, strict=True):
+        difference = (torch.tensor(sum(reply["logprobs"], [])) - torch.tensor(sum(numbers, []))).abs().mean()
+        assert 0 < difference < 0.05  # weights of 8 bits
+        assert reply["worker"]["calls"]["dequant_gemm_grouped/host_cpp"] > 0 and not reply["worker"]["fallbacks"]
+
+
 def test_a_name_that_is_not_the_checkpoints(tmp_path):
     import vllm_integration
 
