@@ -4,6 +4,8 @@ import pytest
 import torch
 from spelled import FLOATS, K, N, data, fused, near_miss, run
 
+from gcu_compile.kernels.tolerance import tolerance
+
 
 def integers(x, weight, x_scale, scale):
     codes = (x / x_scale).round().clamp(-128, 127).to(torch.int8)
@@ -68,6 +70,22 @@ def test_scales_after_the_product_of_a_weight_that_lies_by_inputs():
         return (x @ weight.to(x.dtype)) * scales
 
     fused(fn, d["x"], (d["codes"] - 8).to(torch.int8).T.contiguous(), d["scales"][0].contiguous())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("rule", ["noop_permute", ""])
+def test_which_way_a_square_weight_lies(order, rule):
+    """Whether or not a permutation of nothing was removed before."""
+    from lowered import lowered
+
+    weight, x, scales = (data()["codes"][:, :N] - 8).to(torch.int8), torch.randn(3, N), torch.rand(N) / 32
+
+    def fn(x, weight, scales):
+        return (x @ torch.permute(weight, order).to(x.dtype)) * scales
+
+    gm, report = lowered(fn, x, weight, scales, disable_rules=[rule] if rule else [])
+    assert report.fused["dequant_gemm"] == 1
+    torch.testing.assert_close(gm(x, weight, scales), fn(x, weight, scales), **tolerance(torch.float32, N))
 
 
 def test_scales_after_the_product_with_symbolic_rows():

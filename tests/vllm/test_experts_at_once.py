@@ -107,6 +107,19 @@ def test_zeros_biases_and_scales(more, monkeypatch):
     assert found is not None and torch.equal(found, expected)
 
 
+def counted(method, layer, arguments, monkeypatch):
+    """The kernels that were called in one go, and operation by operation."""
+    counts = []
+    for whole in (True, False):
+        with monkeypatch.context() as patch:
+            if not whole:
+                patch.setattr(host, "run", lambda *args, **kwargs: None)
+            before = registry.calls.copy()
+            method.apply(layer, *arguments, None, None)
+            counts.append(registry.calls - before)
+    return counts
+
+
 STATIC = {"x_scales": (EXPERTS, 1, 1)}
 INPUTS = {
     "dynamic, zeros of weights": (True, {"zeros": True, "bias": True}),
@@ -127,14 +140,7 @@ def test_activations_with_scales_and_zeros_of_every_kind(inputs, activation, dty
     arguments = routed(tokens, dtype, torch.int32)
     expected, found = both(method, layer, arguments, monkeypatch)
     assert found is not None and torch.equal(found, expected)
-    counts = []
-    for whole in (True, False):
-        with monkeypatch.context() as patch:
-            if not whole:
-                patch.setattr(host, "run", lambda *args, **kwargs: None)
-            before = registry.calls.copy()
-            method.apply(layer, *arguments, None, None)
-            counts.append(registry.calls - before)
+    counts = counted(method, layer, arguments, monkeypatch)
     assert counts[0] == counts[1] and not any(name == "eager" for _, name in counts[0])
 
 
@@ -154,14 +160,7 @@ def test_the_same_kernels_are_counted(kind, monkeypatch):
     method, layer = method_of(kind), layer_of(kind, "SILU")
     arguments = routed(5, torch.bfloat16, torch.int32)
     both(method, layer, arguments, monkeypatch)
-    counts = []
-    for whole in (True, False):
-        with monkeypatch.context() as patch:
-            if not whole:
-                patch.setattr(host, "run", lambda *args, **kwargs: None)
-            before = registry.calls.copy()
-            method.apply(layer, *arguments, None, None)
-            counts.append(registry.calls - before)
+    counts = counted(method, layer, arguments, monkeypatch)
     assert counts[0] == counts[1]
 
 

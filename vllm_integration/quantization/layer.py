@@ -57,15 +57,13 @@ def kind_of(layer: torch.nn.Module, default: str) -> str:
 Parts = Callable[[torch.nn.Parameter, torch.Tensor, tuple, dict], tuple[object, int]]
 # Formats that fill parameters without their weight loaders.
 UNSEEN = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
+WHOLE = 1 << 30  # as many parts as any parameter has
 
 
 def of_linear(param: torch.nn.Parameter, loaded_weight: torch.Tensor, args: tuple, kwargs: dict) -> tuple[object, int]:
     """The part of a merged layer, or several as a tuple; all of it where there is none."""
     part = next(iter((*args, *kwargs.values())), None)
     return part, WHOLE if part is None else len(part) if isinstance(part, tuple) else 1
-
-
-WHOLE = 1 << 30
 
 
 def checked(load: Callable, name: str, kind: str, parts: Parts = of_linear) -> Callable:

@@ -92,18 +92,25 @@ def _scaled_after(node: torch.fx.Node):
 
 def _stored_as_floats(matrix):
     """(node, layout) of an int8 weight that is multiplied as [K, N] in floating point, where it is the same numbers."""
-    layout, cast = "int8_columns", False
-    while value_of(matrix).dtype != torch.int8:
-        if matrix.target in (aten.permute.default, aten.t.default, aten.transpose.int):
-            layout = "int8_rows" if layout == "int8_columns" else "int8_columns"
-        elif matrix.target not in probe.CASTS or value_of(matrix).dtype not in HOLD_BYTES:
+    rows, cast = False, False
+    while value_of(matrix).dtype != torch.int8 or _turns(matrix):
+        if _turns(matrix):
+            rows = not rows
+        elif matrix.target in probe.CASTS and value_of(matrix).dtype in HOLD_BYTES:
+            cast = True
+        else:
             return None, ""
-        cast |= matrix.target in probe.CASTS
         matrix = matrix.args[0]
-    if cast and matrix.target in (aten.permute.default, aten.t.default, aten.transpose.int):
-        layout = "int8_rows" if layout == "int8_columns" else "int8_columns"
-        matrix = matrix.args[0]
-    return (matrix, layout) if cast and value_of(matrix).dim() == 2 else (None, "")
+    return (matrix, "int8_rows" if rows else "int8_columns") if cast else (None, "")
+
+
+def _turns(node: torch.fx.Node) -> bool:
+    """Whether it swaps the two dimensions of a matrix, in any spelling."""
+    if node.target == aten.t.default:
+        return value_of(node).dim() == 2
+    if node.target == aten.transpose.int:
+        return value_of(node).dim() == 2 and (node.args[1] - node.args[2]) % 2 == 1
+    return node.target == aten.permute.default and [dim % len(node.args[1]) for dim in node.args[1]] == [1, 0]
 
 
 def _build_scaled_after(graph, node, match: ScaledAfter):
@@ -260,7 +267,7 @@ def _stored(matrix):
     source = _uncast(matrix)
     if value_of(source).dtype != torch.int8:
         return None, ""
-    if source.target in (aten.permute.default, aten.t.default, aten.transpose.int):
+    if _turns(source):
         inner = _uncast(source.args[0])
         if value_of(inner).dtype == torch.int8:
             return inner, "int8_rows"
